@@ -1,0 +1,233 @@
+"""Writing and reading results. The only module that writes them.
+
+A set of files is written to a staging folder, committed by one rename, and then moved into place after the old set has
+been removed. A crash at any moment leaves the old set, or files of the new set only; what had been committed is moved into
+place by the next run or `load_direction`. Never a half-written file, never files of two runs side by side.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from datetime import datetime, timezone
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+
+from refusal_direction.errors import OutputError
+from refusal_direction.models.chat import TEMPLATE_ARGUMENTS
+from refusal_direction.pipeline import Direction
+
+if TYPE_CHECKING:
+    from refusal_direction.pipeline import Extraction
+
+__all__ = ["FILES", "SCHEMA_VERSION", "check_writable", "load_direction", "write"]
+
+SCHEMA_VERSION = 1
+FILES = (
+    "refusal_direction.pt",
+    "direction_metadata.json",
+    "candidate_directions.pt",
+    "all_direction_scores.json",
+    "run.json",
+    "per_prompt_scores.safetensors",
+)
+_COMMITTED = ".committed"
+
+
+def check_writable(folder: Path) -> None:
+    """Find out before the work, not after it. Also finishes what an interrupted run had committed.
+
+    Raises OutputError.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        _move_into_place(folder)
+    except OSError as error:
+        raise OutputError(
+            f"{folder} cannot be written ({error.strerror}). Choose another --output_dir, or change its permissions."
+        ) from error
+
+
+def write(extraction: Extraction, folder: Path) -> None:
+    """Write all files of a run, as one set.
+
+    Raises OutputError, leaving the old set as it was, where the disk is full or the folder cannot be written.
+    """
+    check_writable(folder)
+    staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=folder))
+    try:
+        for name, save in _writers(extraction).items():
+            save(staging / name)
+            _sync(staging / name)
+        os.replace(staging, folder / _COMMITTED)
+    except OSError as error:
+        raise OutputError(
+            f"{folder} could not be written ({error}). The files of earlier runs are untouched."
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    _move_into_place(folder)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _move_into_place(folder: Path) -> None:
+    committed = folder / _COMMITTED
+    if not committed.exists():
+        return
+    fresh = {path.name for path in committed.iterdir()}
+    for name in FILES:
+        if name in fresh:  # not yet moved, so what stands there is old
+            (folder / name).unlink(missing_ok=True)
+    for name in sorted(fresh):
+        os.replace(committed / name, folder / name)
+    committed.rmdir()
+
+
+def _writers(extraction: Extraction) -> dict[str, Callable[[Path], None]]:
+    vector, candidates = extraction.direction.vector, extraction.candidates.float().contiguous()
+    return {
+        "refusal_direction.pt": lambda path: torch.save(vector, path),
+        "candidate_directions.pt": lambda path: torch.save(candidates, path),
+        "direction_metadata.json": lambda path: _dump(_metadata(extraction), path),
+        "all_direction_scores.json": lambda path: _dump([asdict(score) for score in extraction.means], path),
+        "run.json": lambda path: _dump(_run(extraction), path),
+        "per_prompt_scores.safetensors": lambda path: _save_per_prompt(extraction, path),
+    }
+
+
+def _dump(content: Any, path: Path) -> None:
+    path.write_text(
+        json.dumps(_jsonable(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+    )
+
+
+def _jsonable(content: Any) -> Any:
+    """JSON knows no NaN: null stands for it."""
+    if isinstance(content, dict):
+        return {str(key): _jsonable(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_jsonable(value) for value in content]
+    if isinstance(content, float) and not math.isfinite(content):
+        return None
+    return str(content) if isinstance(content, Path) else content
+
+
+def _metadata(extraction: Extraction) -> dict[str, Any]:
+    n_positions, n_layers, d_model = extraction.candidates.shape
+    return {
+        **asdict(extraction.selection.score),
+        "position_index": extraction.selection.score.position + n_positions,
+        "model_id": extraction.chat.model_id,
+        "revision": extraction.chat.revision,
+        "n_positions": n_positions,
+        "n_layers": n_layers,
+        "d_model": d_model,
+        "candidate_norm": float(extraction.direction.vector.norm()),
+        "discarded": extraction.selection.discarded,
+        "schema_version": SCHEMA_VERSION,
+    }
+
+
+def _run(extraction: Extraction) -> dict[str, Any]:
+    chat, sets = extraction.chat, extraction.prompts.indices()
+    baseline = extraction.baseline
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "config": asdict(extraction.config),
+        "versions": _versions(),
+        "model": {
+            "model_id": chat.model_id,
+            "revision": chat.revision,
+            "class": type(chat.model).__name__,
+            "dtype": str(chat.model.dtype).removeprefix("torch."),
+            "device": str(chat.model.device),
+            "template_arguments": TEMPLATE_ARGUMENTS,
+        },
+        "engine": {"name": extraction.engine, "largest_leak": extraction.leak},
+        "eoi_tokens": [{"id": token, "text": chat.text_of(token)} for token in chat.eoi_tokens],
+        "refusal_tokens": asdict(extraction.tokens),
+        "prompts": {
+            name: {
+                "drawn": len(members),
+                "kept": len(extraction.kept[name]),
+                "sha256": _digest(extraction.prompts.everything[index].text for index in members),
+                "ids": [extraction.prompts.everything[index].id for index in members],
+                "kept_ids": [extraction.prompts.everything[index].id for index in extraction.kept[name]],
+                "baseline_refusal": _mean(baseline.refusal, extraction.kept[name]),
+                "refusal_token_mass": _mean(baseline.mass, members),
+            }
+            for name, members in sets.items()
+        },
+        "seconds": extraction.seconds,
+        "peak_memory_bytes": extraction.peak_memory,
+    }
+
+
+def _mean(values: torch.Tensor, members: list[int]) -> float:
+    return float(values[members].mean())
+
+
+def _digest(texts: Iterable[str]) -> str:
+    return sha256("\0".join(texts).encode()).hexdigest()
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in ("refusal-direction", "torch", "transformers", "accelerate"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # run from a checkout
+            found[name] = None
+    return found
+
+
+def _save_per_prompt(extraction: Extraction, path: Path) -> None:
+    """Tensors (candidate, prompt); candidates in (position, layer) order; the prompts' ids stand in the metadata."""
+    scores, everything, kept = extraction.scores, extraction.prompts.everything, extraction.kept
+    save_file(
+        {"ablation_refusal": scores.ablation, "steering_refusal": scores.steering, "kl_div": scores.kl},
+        path,
+        metadata={
+            "harmful_ids": json.dumps([everything[index].id for index in kept["harmful_val"]]),
+            "harmless_ids": json.dumps([everything[index].id for index in kept["harmless_val"]]),
+            "ablation_refusal": "candidate x harmful",
+            "steering_refusal": "candidate x harmless",
+            "kl_div": "candidate x harmless",
+            "schema_version": str(SCHEMA_VERSION),
+        },
+    )
+
+
+def load_direction(folder: str | Path = "artifacts") -> Direction:
+    """The direction that a run left in `folder`.
+
+    Raises OutputError where there is none.
+    """
+    folder = Path(folder)
+    try:
+        _move_into_place(folder)
+        metadata = json.loads((folder / "direction_metadata.json").read_text(encoding="utf-8"))
+        vector = torch.load(folder / "refusal_direction.pt", weights_only=True)
+    except OSError as error:
+        raise OutputError(
+            f"{folder} holds no refusal direction ({error.strerror}: {error.filename}). Run extract_refusal_direction.py first."
+        ) from error
+    return Direction(vector, metadata["layer"], metadata["position"], metadata["model_id"])

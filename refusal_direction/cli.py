@@ -1,0 +1,162 @@
+"""The command line: arguments to a configuration, progress, printed errors, exit codes. Nothing else prints.
+
+Exit codes: 0 done; 2 an error the user can mend (see errors.py); 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from refusal_direction.config import Config, ModelSource, PromptSource, Thresholds
+from refusal_direction.errors import ConfigurationError, RefusalDirectionError
+
+if TYPE_CHECKING:
+    from refusal_direction.pipeline import Extraction
+
+__all__ = ["config_from", "main", "parser"]
+
+_DESCRIPTION = """\
+Find the direction in the residual stream that carries refusal in a chat model (Arditi et al., NeurIPS 2024), score every
+candidate, and write the best with its scores. Try: --model_id demo"""
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but not those that say nothing, and the first spelling of a flag only."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        silent = any(action.default is nothing for nothing in (None, False, (), argparse.SUPPRESS))
+        return action.help if silent else super()._get_help_string(action)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        spellings = [option for option in action.option_strings if "-" not in option.lstrip("-")]
+        if not spellings or action.nargs == 0:
+            return ", ".join(spellings or action.option_strings)
+        return f"{', '.join(spellings)} {self._format_args(action, action.dest.upper())}"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments, grouped; defaults come from config.py."""
+    top = argparse.ArgumentParser("extract_refusal_direction", description=_DESCRIPTION, formatter_class=_Formatter)
+    model, prompts, method, output = (
+        top.add_argument_group(title) for title in ("model", "prompts", "method", "output")
+    )
+
+    def add(group: argparse._ArgumentGroup, name: str, **settings: object) -> None:
+        spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+        group.add_argument(*spellings, dest=name, **settings)  # type: ignore[arg-type]
+
+    add(model, "model_id", default=ModelSource.model_id, metavar="ID", help="Hub id, local folder, or demo")
+    add(model, "dtype", default=ModelSource.dtype, help="bfloat16, float16, float32 or auto")
+    add(model, "device", default=ModelSource.device, help="cuda, mps, cpu or auto (what does not fit is offloaded)")
+    add(model, "chat_template", metavar="FILE", help="Jinja chat template, for models without one")
+    add(model, "batch_size", type=int, metavar="ROWS", help="most rows through a layer at once (default: by memory)")
+    add(prompts, "harmful", type=Path, metavar="FILE", help="own harmful prompts: .json, .jsonl, .csv, .txt")
+    add(prompts, "harmless", type=Path, metavar="FILE", help="own harmless prompts, likewise")
+    add(prompts, "data_dir", type=Path, default=PromptSource.data_dir, help="where the published prompts are kept")
+    add(prompts, "n_train", type=int, default=PromptSource.n_train, help="prompts of each kind for the direction")
+    add(prompts, "n_val", type=int, default=PromptSource.n_val, help="prompts of each kind for its scores")
+    add(prompts, "seed", type=int, default=PromptSource.seed, help="of the draw")
+    add(prompts, "skip_filter", action="store_true", help="keep prompts whatever the model does with them")
+    add(method, "refusal_tokens", nargs="+", default=(), metavar="TOKEN", help="first tokens of a refusal: text or ids")
+    add(method, "calibrate_refusal", action="store_true", help="find them from what the model itself says")
+    add(method, "kl_threshold", type=float, default=Thresholds.kl, help="discard candidates with a larger KL")
+    add(method, "induce_threshold", type=float, default=Thresholds.induce, help="... with a smaller steering score")
+    add(
+        method,
+        "prune_layers",
+        type=float,
+        default=Thresholds.prune_layers,
+        help="... from this last part of the layers",
+    )
+    add(output, "output_dir", type=Path, default=Config.output_dir, help="folder of the results")
+    add(output, "sanity", action="store_true", help="show a few baseline, ablated and steered completions at the end")
+    return top
+
+
+def config_from(arguments: argparse.Namespace) -> Config:
+    """The configuration that the arguments ask for.
+
+    Raises ConfigurationError where a value makes no sense.
+    """
+    for name in ("batch_size", "n_train", "n_val"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ConfigurationError(f"--{name} {value}: must be at least 1.")
+    if not 0 <= arguments.prune_layers < 1:
+        raise ConfigurationError(f"--prune_layers {arguments.prune_layers}: must be at least 0 and below 1.")
+    if arguments.refusal_tokens and arguments.calibrate_refusal:
+        raise ConfigurationError("--refusal_tokens and --calibrate_refusal exclude each other: give one.")
+    return Config(
+        model=ModelSource(arguments.model_id, arguments.dtype, arguments.device, arguments.chat_template),
+        prompts=PromptSource(
+            arguments.n_train,
+            arguments.n_val,
+            arguments.seed,
+            arguments.data_dir,
+            arguments.harmful,
+            arguments.harmless,
+        ),
+        thresholds=Thresholds(arguments.kl_threshold, arguments.induce_threshold, arguments.prune_layers),
+        output_dir=arguments.output_dir,
+        batch_size=arguments.batch_size,
+        skip_filter=arguments.skip_filter,
+        refusal_tokens=tuple(arguments.refusal_tokens),
+        calibrate_refusal=arguments.calibrate_refusal,
+        sanity=arguments.sanity,
+    )
+
+
+@contextmanager
+def _bar(description: str, total: int) -> Iterator[Callable[[int], object]]:
+    from tqdm import tqdm
+
+    with tqdm(
+        total=total, desc=description, unit=" row-layers", unit_scale=True, disable=not sys.stderr.isatty()
+    ) as bar:
+        yield bar.update
+
+
+def _run(config: Config) -> None:
+    from refusal_direction import artifacts, report
+    from refusal_direction.pipeline import extract
+
+    artifacts.check_writable(config.output_dir)
+    extraction: Extraction = extract(config, progress=_bar)
+    artifacts.write(extraction, config.output_dir)
+    print(report.results(extraction), report.files(config.output_dir), sep="\n\n")
+    if config.sanity:
+        print("", report.completions(extraction), sep="\n")
+
+
+def _quiet_libraries() -> None:
+    """Only what concerns the user: our warnings, and no bars of the libraries where output is no terminal."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr, level=logging.WARNING)
+    if not sys.stderr.isatty():
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the text pipeline; returns the exit code."""
+    arguments = parser().parse_args(argv)
+    try:
+        config = config_from(arguments)
+        _quiet_libraries()
+        _run(config)
+    except RefusalDirectionError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            "\nInterrupted. Results are written whole or not at all; those of earlier runs are untouched.",
+            file=sys.stderr,
+        )
+        return 130
+    return 0

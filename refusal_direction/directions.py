@@ -1,0 +1,52 @@
+"""The mathematics of directions: pure functions, tensors in, new tensors out.
+
+Knows nothing of models, prompts or files. Notation as in Arditi et al. (2024), section 2.3 and 2.4: r is a difference of
+means, u its unit vector, x an activation of the residual stream.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+__all__ = ["ablate", "mean_difference", "precise", "unit", "NULL_NORM"]
+
+NULL_NORM = 1e-12
+"""A candidate shorter than this intervenes nowhere: its ablation scales x by less than one part in 10^8 (see `unit`)."""
+
+
+def precise(device: torch.device | str) -> torch.dtype:
+    """The widest float of a device: float64, but float32 on MPS, which has no float64."""
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
+
+
+def mean_difference(
+    harmful: Float[Tensor, "harmful *site d_model"], harmless: Float[Tensor, "harmless *site d_model"]
+) -> Float[Tensor, "*site d_model"]:
+    """Difference of means, harmful minus harmless, accumulated in `precise` (paper, eq. 3)."""
+    dtype = precise(harmful.device)
+    return harmful.mean(0, dtype=dtype) - harmless.mean(0, dtype=dtype)
+
+
+def unit(r: Float[Tensor, "*site d_model"]) -> Float[Tensor, "*site d_model"]:
+    """r / (|r| + 1e-8): unit length, and zero for a zero vector, in r's dtype."""
+    return r / (r.norm(dim=-1, keepdim=True) + 1e-8)
+
+
+def ablate(
+    x: Float[Tensor, "row token d_model"], u: Float[Tensor, "row d_model"] | Float[Tensor, "d_model"]
+) -> Float[Tensor, "row token d_model"]:
+    """x - (x . u) u (paper, eq. 5), each row its own u, or one u for all; in x's dtype.
+
+    Some modules hand on `x` flattened to (row * token, d_model); the result then has that shape too.
+    """
+    if u.ndim == 1:
+        return torch.addcmul(x, (x @ u).unsqueeze(-1), u, value=-1)
+    rows = x.reshape(u.shape[0], -1, u.shape[-1])
+    along = torch.bmm(rows, u.unsqueeze(-1))
+    return torch.baddbmm(rows, along, u.unsqueeze(1), alpha=-1).view(x.shape)

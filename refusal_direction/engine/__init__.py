@@ -1,0 +1,127 @@
+"""Running rows of prompts under interventions: one interface over the layer-major engine and its fallback."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from refusal_direction.engine.budget import Budget
+from refusal_direction.engine.hooked import Hooked
+from refusal_direction.engine.interventions import ResidualStream
+from refusal_direction.engine.layer_major import Consume, LayerMajor, Observe, Tick
+from refusal_direction.engine.rows import Candidates, Kind, Row
+from refusal_direction.errors import UnsupportedModelError
+
+__all__ = ["Candidates", "Engine", "Kind", "Row"]
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Runs prompts through a model, as they are and under interventions.
+
+    The first pass is watched by the model's own forward. Where that disagrees with the layer-major result, or layers do
+    something that cannot be followed, the engine falls back to plain hooked forwards and says so.
+
+    Args:
+        stream: the model's residual stream.
+        prompts: the model's inputs for each prompt, a batch of one each.
+        batch_size: at most so many rows go through a layer at once; None leaves it to free memory.
+    """
+
+    def __init__(
+        self, stream: ResidualStream, prompts: Sequence[Mapping[str, Tensor]], batch_size: int | None = None
+    ) -> None:
+        self.stream, self.prompts = stream, prompts
+        self.budget = Budget(stream.skeleton.model, stream.layers, batch_size)
+        self._runner: LayerMajor | Hooked
+        try:
+            self._runner = LayerMajor(stream, prompts, self.budget)
+        except UnsupportedModelError as error:
+            self._fall_back(str(error))
+
+    @property
+    def name(self) -> str:
+        """Which engine runs: "layer-major" or "hooked"."""
+        return "layer-major" if isinstance(self._runner, LayerMajor) else "hooked"
+
+    @property
+    def leak(self) -> float:
+        """Largest |x . u| / |x| seen in an ablated stream at a layer's output."""
+        return self._runner.leak
+
+    def _fall_back(self, reason: str) -> None:
+        log.warning("Plain hooked forwards are used, which is slower but exact. %s", reason)
+        self.stream.skeleton.held.close()
+        self._runner = Hooked(self.stream, self.prompts, self.budget)
+
+    def baseline(self, consume: Consume, observe: Observe, tick: Tick = lambda done: None) -> None:
+        """Run every prompt as it is.
+
+        Args:
+            consume: receives rows and their last-position logits (row, vocab).
+            observe: receives a layer's index, rows and the stream at its input (row, token, d_model).
+            tick: receives the number of (row, layer) pairs just done.
+        """
+        rows = [Row(prompt) for prompt in range(len(self.prompts))]
+        if isinstance(self._runner, LayerMajor):
+            difference = self._watched_baseline(self._runner, rows, consume, observe, tick)
+            tolerance = max(1e-4, 8 * torch.finfo(self.stream.skeleton.model.dtype).eps)
+            if difference <= tolerance:
+                return
+            self._fall_back(
+                f"Run layer by layer, this model's logits differ from its own forward's by {difference:.1e} of the largest."
+            )
+        self._runner.run(rows, consume=consume, observe=observe, tick=tick)
+
+    def _watched_baseline(
+        self, runner: LayerMajor, rows: list[Row], consume: Consume, observe: Observe, tick: Tick
+    ) -> float:
+        """The first pass; returns how far it is from the model's own forward on one prompt, relative to the logits.
+
+        The prompt also goes through as a row that branches off half-way with nothing added: it must come out alike.
+        """
+        witness = max(rows, key=lambda row: self.prompts[row.prompt]["input_ids"].shape[-1]).prompt
+        d_model = self.stream.skeleton.d_model
+        nothing = Candidates(torch.zeros(1, d_model), (len(self.stream.layers) // 2,))
+        branch = Row(witness, Kind.STEERING, 0)
+        seen: list[Tensor] = []
+
+        def watch(some: list[Row], logits: Tensor) -> None:
+            seen.extend(logits[i] for i, row in enumerate(some) if row.prompt == witness)
+            ours = [i for i, row in enumerate(some) if row is not branch]
+            if ours:
+                consume([some[i] for i in ours], logits[ours])
+
+        testimony = runner.run(
+            [*rows, branch], consume=watch, candidates=nothing, observe=observe, tick=tick, witness=witness
+        )
+        if testimony is None:
+            raise AssertionError("the first pass ran without its witness")
+        worst = max(float((logits.to(testimony) - testimony).abs().max()) for logits in seen)
+        return worst / float(testimony.abs().max())
+
+    def intervene(
+        self, rows: Sequence[Row], candidates: Candidates, consume: Consume, tick: Tick = lambda done: None
+    ) -> None:
+        """Run rows under the interventions of the candidates.
+
+        Raises UnsupportedModelError where an ablated stream still holds some of its direction.
+        """
+        self._runner.run(rows, consume=consume, candidates=candidates, tick=tick)
+        tolerance = max(1e-4, 4 * torch.finfo(self.stream.skeleton.model.dtype).eps)
+        if self.leak > tolerance:
+            raise UnsupportedModelError(
+                f"After ablation {self.leak:.1%} of the residual stream still lay along the direction: a write was missed, "
+                "so the scores would be wrong. Please report this model."
+            )
+
+    def work(self, rows: Sequence[Row], candidates: Candidates) -> int:
+        """The number of (row, layer) pairs that `intervene` will report."""
+        depth = len(self.stream.layers)
+        steered = (candidates.layers[row.candidate] for row in rows if row.kind is Kind.STEERING)
+        saved = sum(steered) if self.name == "layer-major" else 0
+        return len(rows) * depth - saved

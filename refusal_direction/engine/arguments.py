@@ -1,0 +1,72 @@
+"""Choosing rows of the recorded layer arguments.
+
+A prelude records the arguments for its own prompts. A microbatch runs other rows, in which one prompt may appear many
+times, so every tensor that has one slice per prompt must be indexed. Which axis that is (position embeddings, masks,
+ALiBi biases with heads folded into the batch, per-layer inputs: each family has its own) is learnt, once, by comparing
+a batch of two with a batch of three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from refusal_direction.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
+
+__all__ = ["batch_axes", "concatenate", "take_rows"]
+
+
+def _walk(visit: Callable[..., Any], tree: Any, *others: Any) -> Any:
+    """Apply `visit` to corresponding tensors of nested tuples, lists and mappings; other leaves stay the first tree's.
+
+    The first tree leads: where it has nothing (short prompts may come without a mask that long ones have), the others
+    are not looked at.
+    """
+    if isinstance(tree, Tensor):
+        return visit(tree, *others)
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(_walk(visit, *parts) for parts in zip(tree, *others, strict=True))
+    if isinstance(tree, Mapping):
+        return {name: _walk(visit, tree[name], *(other[name] for other in others)) for name in tree}
+    return tree
+
+
+def _axis(of_two: Tensor, of_three: Tensor) -> int | None:
+    differing = [axis for axis, (a, b) in enumerate(zip(of_two.shape, of_three.shape, strict=True)) if a != b]
+    if len(differing) > 1 or any(of_two.shape[axis] * 3 != of_three.shape[axis] * 2 for axis in differing):
+        raise UnsupportedModelError(
+            f"A layer argument of shape {tuple(of_two.shape)} does not grow with the batch in a way that can be followed."
+        )
+    return differing[0] if differing else None
+
+
+def batch_axes(of_two: Any, of_three: Any) -> Any:
+    """The axis of each tensor that holds one slice a prompt (or None), from preludes of two and of three prompts."""
+    return _walk(_axis, of_two, of_three)
+
+
+def take_rows(tree: Any, axes: Any, rows: Int[Tensor, "row"], prompts: int) -> Any:
+    """The arguments for `rows`, each the index of one of the `prompts` that were recorded together."""
+
+    def take(tensor: Tensor, axis: int | None) -> Tensor:
+        if axis is None:
+            return tensor
+        split = tensor.unflatten(axis, (prompts, tensor.shape[axis] // prompts))
+        return split.index_select(axis, rows.to(tensor.device)).flatten(axis, axis + 1)
+
+    return _walk(take, tree, axes)
+
+
+def concatenate(trees: list[Any], axes: Any) -> Any:
+    """The arguments of several preludes as those of one."""
+
+    def join(tensor: Tensor, axis: int | None, *others: Tensor) -> Tensor:
+        return tensor if axis is None else torch.cat([tensor, *others], axis)
+
+    return _walk(join, trees[0], axes, *trees[1:])

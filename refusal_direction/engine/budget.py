@@ -1,0 +1,109 @@
+"""How many rows go through a layer at once, and how many may be under way together."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import psutil
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import nn
+from transformers import PreTrainedModel
+
+from refusal_direction.engine.residency import is_offloaded
+from refusal_direction.errors import OutOfMemoryError
+
+__all__ = ["Budget", "free_bytes", "halving"]
+
+log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+_CACHED_TOKENS = 2048  # on a CPU a microbatch whose activations stay in the cache is the fastest
+_DEVICE_TOKENS = 16384  # enough to fill a large GPU; more only costs memory
+_HIDDEN_BYTES = 512 << 20  # where weights stay in memory, more rows under way save nothing
+_LOGIT_BYTES = 256 << 20
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be taken on the device."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return psutil.virtual_memory().available
+
+
+class Budget:
+    """Row and memory limits of one run, derived from the model and from free memory.
+
+    Args:
+        model: whose layers and vocabulary decide what a token costs.
+        layers: its decoder layers.
+        batch_size: at most so many rows go through a layer at once; None leaves it to free memory.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: nn.ModuleList, batch_size: int | None = None) -> None:
+        free = free_bytes(model.device)
+        widest = max(max(weight.shape[-2:]) for layer in layers for weight in layer.parameters() if weight.ndim)
+        itemsize = model.dtype.itemsize
+        most = _CACHED_TOKENS if model.device.type == "cpu" else _DEVICE_TOKENS
+        self._tokens = min(most, max(1, int(0.2 * free) // (8 * widest * itemsize)))
+        self._batch_size = batch_size
+        self._vocab = model.config.get_text_config().vocab_size
+        self.hidden_bytes = free // 3 if is_offloaded(model) else min(free // 4, _HIDDEN_BYTES)
+        self._shrunk = 1
+
+    def rows(self, length: int) -> int:
+        """How many rows of `length` tokens go through a layer at once."""
+        rows = max(1, self._tokens // length)
+        return max(1, min(rows, self._batch_size or rows) // self._shrunk)
+
+    def logit_rows(self) -> int:
+        """How many rows of logits, with their float64 softmax, are made at once."""
+        return max(1, min(1024, _LOGIT_BYTES // (40 * self._vocab)) // self._shrunk)
+
+    def chunks(self, rows: Sequence[_T], size: Callable[[_T], int]) -> Iterator[Sequence[_T]]:
+        """Consecutive rows whose hidden states fit into memory together; each chunk is a pass over the weights."""
+        begin, held = 0, 0
+        for end, row in enumerate(rows):
+            held += size(row)
+            if held > self.hidden_bytes and end > begin:
+                yield rows[begin:end]
+                begin, held = end, size(row)
+        if begin < len(rows):
+            yield rows[begin:]
+
+    def shrink(self) -> None:
+        """Halve the rows that go through at once."""
+        self._shrunk *= 2
+
+
+def halving(through: Callable[[slice], None], total: int, budget: Budget, limit: Callable[[], int]) -> None:
+    """Call `through` on consecutive slices of `total` rows; out of memory, go on from there with half the rows.
+
+    Raises OutOfMemoryError where a single row does not fit.
+    """
+    begin = 0
+    while begin < total:
+        size = limit()
+        try:
+            through(slice(begin, min(begin + size, total)))
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            if size == 1:
+                raise OutOfMemoryError(
+                    "Out of memory with a single row. Use a smaller model, --dtype bfloat16, a machine with more memory, "
+                    "or close what else uses it."
+                ) from error
+            budget.shrink()
+            _release()
+            log.warning("Out of memory with %d rows at once; going on with half of them.", size)
+            continue
+        begin += size
+
+
+def _release() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,93 @@
+"""The fallback engine: the model's own forward under hooks, a microbatch of rows at a time.
+
+Slower than layer-major, and with nothing assumed about what happens between layers. Same interface.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from refusal_direction.engine.budget import Budget, halving
+from refusal_direction.engine.interventions import ResidualStream, ablated, steered
+from refusal_direction.engine.layer_major import Consume, Observe, Tick
+from refusal_direction.engine.rows import Candidates, Kind, Row
+
+__all__ = ["Hooked"]
+
+
+class Hooked:
+    """Runs rows of the given prompts through the model's own forward, under hooks."""
+
+    def __init__(self, stream: ResidualStream, prompts: Sequence[Mapping[str, Tensor]], budget: Budget) -> None:
+        self.stream, self.prompts, self.budget = stream, prompts, budget
+        self.leak = 0.0
+
+    @torch.no_grad()
+    def run(
+        self,
+        rows: Sequence[Row],
+        *,
+        consume: Consume,
+        candidates: Candidates | None = None,
+        observe: Observe | None = None,
+        tick: Tick = lambda done: None,
+    ) -> None:
+        """As LayerMajor.run, without a witness: the model's own forward is all there is."""
+        for alike in self._alike(rows, candidates):
+
+            def through(some: slice, alike: list[Row] = alike) -> None:
+                microbatch = alike[some]
+                with ExitStack() as hooks:
+                    hooks.enter_context(self._intervention(microbatch, candidates))
+                    if observe is not None:
+                        hooks.enter_context(self._observing(microbatch, observe))
+                    inputs = [self.prompts[row.prompt] for row in microbatch]
+                    stacked = {name: torch.cat([one[name] for one in inputs]) for name in inputs[0]}
+                    logits = self.stream.skeleton.model(**stacked, use_cache=False).logits[:, -1]
+                consume(microbatch, logits)
+                tick(len(microbatch) * len(self.stream.layers))
+
+            length = self.prompts[alike[0].prompt]["input_ids"].shape[-1]
+            halving(through, len(alike), self.budget, lambda length=length: self.budget.rows(length))  # type: ignore[misc]
+
+    def _alike(self, rows: Sequence[Row], candidates: Candidates | None) -> Iterator[list[Row]]:
+        """Rows of one shape and one kind; steered rows of one layer."""
+        together: dict[Any, list[Row]] = {}
+        for row in rows:
+            shapes = tuple(tuple(tensor.shape) for tensor in self.prompts[row.prompt].values())
+            steers = candidates is not None and row.kind is Kind.STEERING
+            layer = candidates.layers[row.candidate] if steers and candidates is not None else None
+            together.setdefault((shapes, row.kind, layer), []).append(row)
+        yield from together.values()
+
+    @contextmanager
+    def _intervention(self, rows: list[Row], candidates: Candidates | None) -> Iterator[None]:
+        model, kind = self.stream.skeleton.model, rows[0].kind
+        if candidates is None or kind is Kind.BASELINE:
+            yield
+            return
+        vectors = candidates.vectors[[row.candidate for row in rows]]
+        if kind is Kind.ABLATION:
+            with ablated(model, vectors):
+                yield
+        else:
+            with steered(model, vectors, layer=candidates.layers[rows[0].candidate]):
+                yield
+
+    @contextmanager
+    def _observing(self, rows: list[Row], observe: Observe) -> Iterator[None]:
+        def hook(index: int) -> Any:
+            def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                observe(index, rows, args[0] if args else kwargs["hidden_states"])
+
+            return see
+
+        with ExitStack() as hooks:
+            for index, layer in enumerate(self.stream.layers):
+                hooks.callback(layer.register_forward_pre_hook(hook(index), with_kwargs=True).remove)
+            yield

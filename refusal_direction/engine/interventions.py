@@ -1,0 +1,143 @@
+"""Directional ablation and activation addition on a running model. Hooks exist only inside these contexts.
+
+Nothing here changes a weight: the interventions end with the `with` block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from refusal_direction.directions import ablate, unit
+from refusal_direction.engine.residency import resident
+from refusal_direction.engine.skeleton import Skeleton
+from refusal_direction.models.writes import WriteSite, find_writes, kind_of
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+__all__ = ["ResidualStream", "ablated", "residual_stream", "steered"]
+
+_PROBE_TOKENS = 12
+_STREAM = "_refusal_direction_stream"  # the model carries what was found out about it
+
+
+class ResidualStream:
+    """Where a model's residual stream runs: its layers, and the writes of each."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.skeleton = Skeleton(model)
+        self.layers = self.skeleton.layers
+        ids = torch.arange(3, 3 + _PROBE_TOKENS, device=model.device).unsqueeze(0)
+        with resident(*self.skeleton.outer, recurse=False):
+            prelude = self.skeleton.prelude({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        self.shares_state = any(call.shares_state for call in prelude.calls)
+        """Whether layers hand state on to each other besides the stream (Gemma 3n and 4: keys and values)."""
+        found: dict[Any, tuple[WriteSite, ...]] = {}
+        for layer, call in zip(self.layers, prelude.calls, strict=True):
+            kind = kind_of(layer)
+            if kind not in found:
+                self.skeleton.held.enter_context(resident(layer))
+                found[kind] = find_writes(layer, partial(call, layer), prelude.hidden)
+            if self.shares_state:  # the layers above need what this one leaves behind
+                call(layer, prelude.hidden, private=False)
+        self.writes = [found[kind_of(layer)] for layer in self.layers]
+        """For each layer, the submodules whose outputs are added to the stream."""
+
+    @contextmanager
+    def ablating(self, index: int, u: Tensor) -> Iterator[None]:
+        """Within the context the writes of layer `index` are orthogonal to u: (d_model,), or (row, d_model)."""
+        layer = self.layers[index]
+        with ExitStack() as hooks:
+            for site in self.writes[index]:
+                module = layer.get_submodule(site.module)
+                hooks.callback(module.register_forward_hook(_ablate_output(site, u)).remove)
+            yield
+
+
+def _ablate_output(site: WriteSite, u: Tensor) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        if site.element is None:
+            return ablate(output, u.to(output))
+        parts = list(output)
+        parts[site.element] = ablate(parts[site.element], u.to(parts[site.element]))
+        return tuple(parts)
+
+    return hook
+
+
+def residual_stream(model: PreTrainedModel) -> ResidualStream:
+    """The model's residual stream, found at the first call.
+
+    Raises UnsupportedModelError where it cannot be found.
+    """
+    stream = model.__dict__.get(_STREAM)
+    if stream is None:
+        stream = model.__dict__[_STREAM] = ResidualStream(model)
+        stream.skeleton.held.close()
+    return stream
+
+
+def _change_input(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (change(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
+
+    return hook
+
+
+@contextmanager
+def ablated(
+    model: PreTrainedModel, direction: Float[Tensor, "d_model"] | Float[Tensor, "row d_model"]
+) -> Iterator[PreTrainedModel]:
+    """Directional ablation (paper, eq. 5): no write into the residual stream has a component along `direction`.
+
+    Projects the embedding output and every attention and MLP write, in every layer and at every position.
+
+    Args:
+        model: any transformers decoder, also a vision-language model.
+        direction: need not be normalised; (row, d_model) gives each row of the batch its own.
+
+    Raises UnsupportedModelError where the model's residual writes cannot be found.
+
+        with ablated(model, direction):
+            model.generate(**inputs)
+    """
+    stream = residual_stream(model)
+    u = unit(direction)
+    with ExitStack() as hooks:
+        for index, layer in enumerate(stream.layers):
+            project = _change_input(lambda x: ablate(x, u.to(x)))
+            hooks.callback(layer.register_forward_pre_hook(project, with_kwargs=True).remove)
+            hooks.enter_context(stream.ablating(index, u))
+        yield model
+
+
+@contextmanager
+def steered(
+    model: PreTrainedModel,
+    direction: Float[Tensor, "d_model"] | Float[Tensor, "row d_model"],
+    *,
+    layer: int,
+    coefficient: float = 1.0,
+) -> Iterator[PreTrainedModel]:
+    """Activation addition (paper, eq. 4): `coefficient * direction` is added to the input of `layer`, at every position.
+
+    `direction` is used as it is, not normalised; (row, d_model) gives each row of the batch its own.
+
+    Raises UnsupportedModelError where the model's decoder layers cannot be found, IndexError for a layer it has not.
+    """
+    r = coefficient * (direction if direction.ndim == 1 else direction.unsqueeze(1))
+    add = _change_input(lambda x: x + r.to(x))
+    handle = residual_stream(model).layers[layer].register_forward_pre_hook(add, with_kwargs=True)
+    try:
+        yield model
+    finally:
+        handle.remove()

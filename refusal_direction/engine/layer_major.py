@@ -1,0 +1,236 @@
+"""The layer-major engine: one pass over the weights, whatever the number of rows.
+
+For each layer, for each microbatch of rows, run the layer. A model that is larger than memory is then read once a pass.
+Rows of one length share a microbatch, so nothing is padded; steered rows branch off a baseline row at their own layer; only
+the last position reaches the final norm and the head. See docs/architecture.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from refusal_direction.directions import ablate, unit
+from refusal_direction.engine.arguments import batch_axes, concatenate, take_rows
+from refusal_direction.engine.budget import Budget, halving
+from refusal_direction.engine.interventions import ResidualStream
+from refusal_direction.engine.residency import resident
+from refusal_direction.engine.rows import Candidates, Kind, Lane, Row, lay_out
+from refusal_direction.engine.skeleton import LayerCall, Prelude, first, replaced_forwards
+from refusal_direction.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+__all__ = ["Consume", "LayerMajor", "Observe", "Tick"]
+
+Consume = Callable[[list[Row], "Float[Tensor, 'row vocab']"], None]
+"""Called with rows that have come through, and their logits at the last position."""
+Observe = Callable[[int, list[Row], "Float[Tensor, 'row token d_model']"], None]
+"""Called with a layer's index and rows, and the residual stream at the input of that layer."""
+Tick = Callable[[int], object]
+"""Called with the number of (row, layer) pairs just done."""
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Prompts of equal length, embedded together."""
+
+    prompts: list[int]
+    prelude: Prelude
+
+
+class LayerMajor:
+    """Runs rows of the given prompts through a model, layer by layer.
+
+    Args:
+        stream: the model's residual stream.
+        prompts: the model's inputs for each prompt, a batch of one each: input_ids (1, token), attention_mask, ...
+        budget: how many rows may go through a layer at once, and how much memory hidden states may take.
+
+    Raises UnsupportedModelError where layers share mutable state or hold arguments that cannot be followed; the caller
+    then falls back to hooked forwards.
+    """
+
+    def __init__(self, stream: ResidualStream, prompts: Sequence[Mapping[str, Tensor]], budget: Budget) -> None:
+        self.stream, self.skeleton, self.budget = stream, stream.skeleton, budget
+        self.prompts = prompts
+        self.leak = 0.0
+        """Largest |x . u| / |x| seen at a layer's output in ablated rows."""
+        by_shape: dict[Any, list[int]] = {}
+        for index, inputs in enumerate(prompts):
+            by_shape.setdefault(tuple(tuple(tensor.shape) for tensor in inputs.values()), []).append(index)
+        with resident(*self.skeleton.outer, recurse=False):
+            self._axes = self._learn_axes(max(range(len(prompts)), key=self._length))
+            self._groups = [self._embed(members) for members in by_shape.values()]
+        self._places = {
+            prompt: (number, place)
+            for number, group in enumerate(self._groups)
+            for place, prompt in enumerate(group.prompts)
+        }
+        """Each prompt's group, and its place there."""
+
+    def _length(self, prompt: int) -> int:
+        return self.prompts[prompt]["input_ids"].shape[-1]
+
+    def _stack(self, prompts: Sequence[int]) -> dict[str, Tensor]:
+        chosen = [self.prompts[prompt] for prompt in prompts]
+        return {name: torch.cat([inputs[name] for inputs in chosen]) for name in chosen[0]}
+
+    def _learn_axes(self, longest: int) -> list[Any]:
+        two, three = (self.skeleton.prelude(self._stack([longest] * count)) for count in (2, 3))
+        if any(call.shares_state for call in two.calls):
+            raise UnsupportedModelError("Its layers hand state on to each other besides the residual stream.")
+        return [
+            batch_axes((a.args, a.kwargs, a.change), (b.args, b.kwargs, b.change))
+            for a, b in zip(two.calls, three.calls, strict=True)
+        ]
+
+    def _embed(self, members: list[int]) -> _Group:
+        size = self.budget.rows(self._length(members[0]))
+        parts = [self.skeleton.prelude(self._stack(members[at : at + size])) for at in range(0, len(members), size)]
+        calls = []
+        for index, axes in enumerate(self._axes):
+            per_part = [part.calls[index] for part in parts]
+            joined = concatenate([(call.args, call.kwargs, call.change) for call in per_part], axes)
+            calls.append(LayerCall(*joined))
+        return _Group(members, Prelude(torch.cat([part.hidden for part in parts]), tuple(calls)))
+
+    @torch.no_grad()
+    def run(
+        self,
+        rows: Sequence[Row],
+        *,
+        consume: Consume,
+        candidates: Candidates | None = None,
+        observe: Observe | None = None,
+        tick: Tick = lambda done: None,
+        witness: int | None = None,
+    ) -> Tensor | None:
+        """Run rows through the whole model, in as few passes over the weights as memory allows.
+
+        Args:
+            rows: what to run.
+            consume: receives the logits of each row once, a few rows at a time, in no particular order.
+            candidates: the directions that ablated and steered rows refer to.
+            observe: receives the residual stream of the baseline rows at the input of every layer.
+            tick: receives progress.
+            witness: a prompt that the model's own forward runs alongside the first pass, layer by layer, so that it
+                costs no further read of the weights.
+
+        Returns the witness's logits (vocab,) by the model's own forward, if there is one.
+        """
+        units = None if candidates is None else unit(candidates.vectors)
+        testimony = None
+        for some in self.budget.chunks(rows, self._row_bytes):
+            lanes = list(lay_out(some, self._places, candidates, units))
+            step = self._step(lanes, observe, tick)
+            if witness is not None and testimony is None:
+                testimony = self._alongside(witness, step)
+            else:
+                for index in range(len(self.stream.layers)):
+                    with resident(self.stream.layers[index]):
+                        step(index)
+            self.skeleton.held.close()
+            self._finish(lanes, consume)
+        return testimony
+
+    def _row_bytes(self, row: Row) -> int:
+        hidden = self._groups[self._places[row.prompt][0]].prelude.hidden
+        return hidden[0].numel() * hidden.element_size()
+
+    def _alongside(self, prompt: int, step: Callable[[int], None]) -> Tensor:
+        """Let the model's own forward of one prompt drive a pass: each layer, once in memory, serves both."""
+        layers = self.stream.layers
+        nested = False
+
+        def driving(index: int, own: Callable[..., Any]) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                nonlocal nested
+                if nested:  # `step` calling the layer
+                    return own(*args, **kwargs)
+                with resident(layers[index]):
+                    output = own(*args, **kwargs)
+                    nested = True
+                    try:
+                        step(index)
+                    finally:
+                        nested = False
+                return output
+
+            return forward
+
+        with replaced_forwards(layers, driving):
+            return self.skeleton.model(**self.prompts[prompt], use_cache=False).logits[0, -1]
+
+    def _step(self, lanes: list[Lane], observe: Observe | None, tick: Tick) -> Callable[[int], None]:
+        def step(index: int) -> None:
+            for lane in lanes:
+                prelude = self._groups[lane.group].prelude
+                self._add_change(lane, index, prelude.calls[index].change)
+                lane.enter(index, prelude.hidden)
+                if observe is not None and not lane.ablated:
+                    baseline = [row for row in lane.rows if row is not None and row.kind is Kind.BASELINE]
+                    observe(index, baseline, lane.hidden[: len(baseline)])
+                self._advance(lane, index, tick)
+
+        return step
+
+    def _add_change(self, lane: Lane, index: int, change: Tensor | None) -> None:
+        if change is not None:
+            under_way = slice(0, lane.entered(index - 1))
+            changed = lane.hidden[under_way] + change[lane.places[under_way]]
+            if lane.ablated and lane.vectors is not None:
+                changed = ablate(changed, lane.vectors[under_way].to(changed))
+            lane.hidden[under_way] = changed
+
+    def _advance(self, lane: Lane, index: int, tick: Tick) -> None:
+        layer, group = self.stream.layers[index], self._groups[lane.group]
+        call, axes = group.prelude.calls[index], self._axes[index]
+
+        def through(rows: slice) -> None:
+            args, kwargs, _ = take_rows((call.args, call.kwargs, None), axes, lane.places[rows], len(group.prompts))
+            with self._intervention(lane, index, rows):
+                output = first(layer(lane.hidden[rows], *args, **kwargs))
+            lane.hidden[rows] = output
+            tick(sum(row is not None for row in lane.rows[rows]))
+
+        entered = lane.entered(index)
+        if entered:
+            halving(through, entered, self.budget, lambda: self.budget.rows(lane.hidden.shape[1]))
+            self._watch_for_leaks(lane, entered)
+
+    @contextmanager
+    def _intervention(self, lane: Lane, index: int, rows: slice) -> Iterator[None]:
+        with ExitStack() as hooks:
+            if lane.ablated and lane.vectors is not None:
+                hooks.enter_context(self.stream.ablating(index, lane.vectors[rows].to(lane.hidden)))
+            yield
+
+    def _watch_for_leaks(self, lane: Lane, entered: int) -> None:
+        """Check on a few ablated rows that nothing along u has come back into the stream."""
+        if lane.ablated and lane.vectors is not None:
+            some = slice(0, entered, max(1, entered // 4))
+            x, u = lane.hidden[some].float(), lane.vectors[some].float()
+            along = torch.bmm(x, u.unsqueeze(-1)).squeeze(-1).abs()
+            self.leak = max(self.leak, float((along / x.norm(dim=-1).clamp_min(1e-30)).max()))
+
+    def _finish(self, lanes: list[Lane], consume: Consume) -> None:
+        """Final norm and head for the last position of every row."""
+        rows = [row for lane in lanes for row in lane.rows if row is not None]
+        if not rows:
+            return
+        last = torch.cat([lane.hidden[[row is not None for row in lane.rows], -1] for lane in lanes])
+        lanes.clear()
+        token = int(self.prompts[rows[0].prompt]["input_ids"][0, -1])
+
+        def through(some: slice) -> None:
+            consume(rows[some], self.skeleton.tail(last[some], token))
+
+        with resident(*self.skeleton.outer, recurse=False):
+            halving(through, len(rows), self.budget, self.budget.logit_rows)

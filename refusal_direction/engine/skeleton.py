@@ -1,0 +1,171 @@
+"""A model with its decoder layers taken out: what happens before, between and after them.
+
+No family is named here. The prelude runs the model's own forward with every layer replaced by a recorder, so that masks,
+rotary embeddings and whatever else a family hands to its layers are made by the family's own code. The tail runs it once
+more on one token a row, with the last layer replaced by one that returns the final hidden states, so that the model's own
+final norm, head, scaling and soft-capping make the logits.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from refusal_direction.engine.residency import outside, resident
+from refusal_direction.errors import UnsupportedModelError
+from refusal_direction.models.layers import find_layers
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+__all__ = ["LayerCall", "Prelude", "Skeleton", "first", "replaced_forwards"]
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """What one layer is called with besides the hidden states.
+
+    `change` is what the model adds to the stream between the previous layer and this one (row, token, d_model), as
+    Qwen3-VL does with visual features; None where the layers follow each other directly.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    change: Tensor | None = None
+
+    @property
+    def shares_state(self) -> bool:
+        """Whether a mapping, still empty, is handed on from layer to layer."""
+        return any(isinstance(value, MutableMapping) and not value for value in self.kwargs.values())
+
+    @torch.no_grad()
+    def __call__(self, layer: Callable[..., Any], hidden: Tensor, *, private: bool = True) -> Tensor:
+        """Run a layer on hidden states; unless `private`, what it leaves in shared mappings stays there."""
+        return first(self.output(layer, hidden, private=private))
+
+    def output(self, layer: Callable[..., Any], hidden: Tensor, *, private: bool = True) -> Any:
+        """The layer's whole output, a tensor or a tuple."""
+        kwargs = self.kwargs
+        if private:
+            kwargs = {k: copy.copy(v) if isinstance(v, MutableMapping) else v for k, v in kwargs.items()}
+        return layer(hidden, *self.args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Prelude:
+    """The embedded prompts (row, token, d_model), and how each layer is called."""
+
+    hidden: Tensor
+    calls: tuple[LayerCall, ...]
+
+
+class _Recorded(Exception):
+    """Ends a prelude once the last layer's call is known: the final norm and the head are not needed."""
+
+
+def first(output: Any) -> Tensor:
+    """The hidden states in a layer's output, which is a tensor or a tuple that starts with it."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def replaced_forwards(layers: nn.ModuleList, make: Callable[[int, Callable[..., Any]], Any]) -> Iterator[None]:
+    """Within the context layer i's forward is `make(i, its own forward)`; accelerate's own replacement is kept."""
+    before = [layer.__dict__.get("forward") for layer in layers]
+    own = [layer.forward for layer in layers]
+    try:
+        for index, layer in enumerate(layers):
+            layer.__dict__["forward"] = make(index, own[index])
+        yield
+    finally:
+        for layer, forward in zip(layers, before, strict=True):
+            layer.__dict__.pop("forward")
+            if forward is not None:
+                layer.__dict__["forward"] = forward
+
+
+def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    if args:
+        return args[0], args[1:], kwargs
+    return kwargs["hidden_states"], (), {name: value for name, value in kwargs.items() if name != "hidden_states"}
+
+
+class Skeleton:
+    """Prelude and tail of one model. Weights are only read; no hook may be active while its methods run."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.layers = find_layers(model)
+        self.held = ExitStack()
+        """Keeps the layers that were called for learning in memory, until `held.close()`."""
+        self.d_model = 0
+        """Width of the residual stream, known after the first prelude."""
+        self._tuple_length: dict[type[nn.Module], int] = {}  # 0: the class returns a bare tensor
+
+    @property
+    def outer(self) -> Iterator[nn.Module]:
+        return outside(self.model, self.layers)
+
+    def _as_output(self, index: int, hidden: Tensor) -> Any:
+        length = self._tuple_length[type(self.layers[index])]
+        return (hidden, *(None,) * (length - 1)) if length else hidden
+
+    def _learn_output(self, index: int, forward: Callable[..., Any], hidden: Tensor, call: LayerCall) -> None:
+        """Annotations are often wrong, so one real call shows whether a class of layers returns a tensor or a tuple."""
+        layer = self.layers[index]
+        if type(layer) not in self._tuple_length:
+            self.held.enter_context(resident(layer))
+            output = call.output(forward, hidden.clone())
+            self._tuple_length[type(layer)] = len(output) if isinstance(output, tuple) else 0
+
+    @torch.no_grad()
+    def prelude(self, inputs: Mapping[str, Tensor]) -> Prelude:
+        """Run the model's own forward on `inputs` (rows of equal length, nothing padded) up to its last layer.
+
+        Raises UnsupportedModelError where the sequence changes its length between layers.
+        """
+        hidden: list[Tensor] = []
+        calls: list[LayerCall] = []
+
+        def recorder(index: int, own: Callable[..., Any]) -> Callable[..., Any]:
+            def record(*args: Any, **kwargs: Any) -> Any:
+                h, args, kwargs = _split(args, kwargs)
+                if hidden and h.shape != hidden[-1].shape:
+                    raise UnsupportedModelError(f"The sequence changes its length before layer {index}.")
+                changed = bool(hidden) and h is not hidden[-1] and not torch.equal(h, hidden[-1])
+                calls.append(LayerCall(args, kwargs, h - hidden[-1] if changed else None))
+                hidden.append(h)
+                self._learn_output(index, own, h, calls[-1])
+                if index == len(self.layers) - 1:
+                    raise _Recorded
+                return self._as_output(index, h)
+
+            return record
+
+        with replaced_forwards(self.layers, recorder), suppress(_Recorded):
+            self.model(**inputs, use_cache=False)  # no logits_to_keep: Gemma 4 would slice the sequence mid-stack
+        self.d_model = hidden[0].shape[-1]
+        return Prelude(hidden[0], tuple(calls))
+
+    @torch.no_grad()
+    def tail(self, hidden: Float[Tensor, "row d_model"], token: int) -> Float[Tensor, "row vocab"]:
+        """Logits of final hidden states. `token` is any ordinary text token; it is embedded and then discarded."""
+        rows, last = hidden.shape[0], len(self.layers) - 1
+
+        def stand_in(index: int, own: Callable[..., Any]) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                return self._as_output(index, hidden.unsqueeze(1) if index == last else _split(args, kwargs)[0])
+
+            return forward
+
+        ids: Int[Tensor, "row 1"] = torch.full((rows, 1), token, device=self.model.device)
+        with replaced_forwards(self.layers, stand_in):
+            output = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        return output.logits[:, -1]

@@ -1,0 +1,100 @@
+"""Every error a user can cause, each with what happened and what to do.
+
+    RefusalDirectionError
+    ├── ConfigurationError         a flag or argument that cannot be used
+    ├── OutputError                the output folder cannot be written
+    ├── PromptError
+    │   ├── PromptFileError        a prompt file is missing, empty or malformed
+    │   ├── DownloadError          the published splits could not be fetched or verified
+    │   └── TooFewPromptsError     fewer prompts than asked for, or too few left by the filter
+    ├── ModelError
+    │   ├── ModelAccessError       gated, unknown, or out of reach
+    │   ├── TokenizerError         the tokenizer maps text to nothing useful
+    │   ├── ChatTemplateError      no chat template, or one that cannot be used
+    │   ├── RefusalTokenError      refusal tokens that are not in the vocabulary
+    │   └── UnsupportedModelError  the residual stream of this model could not be found
+    ├── NoCandidateError           no candidate direction passes every condition
+    └── OutOfMemoryError           not even one row fits
+
+The command line prints these and exits with 2; any other exception is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ChatTemplateError",
+    "ConfigurationError",
+    "DownloadError",
+    "ModelAccessError",
+    "ModelError",
+    "NoCandidateError",
+    "OutOfMemoryError",
+    "OutputError",
+    "PromptError",
+    "PromptFileError",
+    "RefusalDirectionError",
+    "RefusalTokenError",
+    "TokenizerError",
+    "TooFewPromptsError",
+    "UnsupportedModelError",
+]
+
+
+class RefusalDirectionError(Exception):
+    """Base class: a problem the user can mend."""
+
+
+class ConfigurationError(RefusalDirectionError):
+    """A flag or argument that cannot be used."""
+
+
+class OutputError(RefusalDirectionError):
+    """The output folder cannot be written."""
+
+
+class PromptError(RefusalDirectionError):
+    """Something is wrong with the prompts."""
+
+
+class PromptFileError(PromptError):
+    """A prompt file is missing, empty or malformed."""
+
+
+class DownloadError(PromptError):
+    """The published splits could not be fetched or verified."""
+
+
+class TooFewPromptsError(PromptError):
+    """Fewer prompts than the computation needs."""
+
+
+class ModelError(RefusalDirectionError):
+    """Something is wrong with the model or its tokenizer."""
+
+
+class ModelAccessError(ModelError):
+    """The model is gated, unknown, or out of reach."""
+
+
+class TokenizerError(ModelError):
+    """The tokenizer maps text to nothing useful."""
+
+
+class ChatTemplateError(ModelError):
+    """The chat template is missing or cannot be used."""
+
+
+class RefusalTokenError(ModelError):
+    """Refusal tokens that are not in the vocabulary."""
+
+
+class UnsupportedModelError(ModelError):
+    """The residual stream of this model could not be found, so no result would be trustworthy."""
+
+
+class NoCandidateError(RefusalDirectionError):
+    """No candidate direction passes every condition of the selection."""
+
+
+class OutOfMemoryError(RefusalDirectionError):
+    """Not even one row fits into memory."""

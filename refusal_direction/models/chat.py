@@ -1,0 +1,139 @@
+"""A chat model: weights, tokenizer, and the template that turns a request into tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jinja2 import TemplateError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from refusal_direction.errors import ChatTemplateError, TokenizerError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["ChatModel", "TEMPLATE_ARGUMENTS"]
+
+_PINNED_DATE = "26 Jul 2024"
+
+
+def _pinned_strftime(form: str) -> str:
+    return _PINNED_DATE
+
+
+TEMPLATE_ARGUMENTS: dict[str, Any] = {"enable_thinking": False, "date_string": _PINNED_DATE}
+"""What templates are given so that the same prompt renders the same every day, and thinking is off."""
+
+# They end in different tokens, so what their renderings have in common at the end is the template's.
+_ENDINGS = ("How are you", "Is it 7?", "Name a colour.", "(yes)", "the letter x", "Sing!")
+_SAMPLE = "The quick brown fox jumps over 13 lazy dogs. Why?"
+
+
+@dataclass(frozen=True)
+class ChatModel:
+    """A loaded chat model and how requests are put to it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    model_id: str
+    revision: str | None = None
+    """The Hub's commit of the weights; None for a local folder."""
+    chat_template: str | None = None
+    """Overrides the tokenizer's own template."""
+    keep_alive: object = field(default=None, repr=False)
+    """Owns the offload folder, which goes when the model goes."""
+
+    def render(self, request: str) -> str:
+        """The request as the model expects it, up to where its reply begins.
+
+        Raises ChatTemplateError where there is no template, or it fails.
+        """
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": request}],
+                tokenize=False,
+                add_generation_prompt=True,
+                chat_template=self.chat_template,
+                strftime_now=_pinned_strftime,
+                **TEMPLATE_ARGUMENTS,
+            )
+        except (ValueError, TemplateError) as error:
+            raise ChatTemplateError(
+                f"The chat template of {self.model_id} is missing or cannot be used ({error}). Use a chat model, or pass "
+                "--chat_template with a Jinja template or a file that holds one."
+            ) from error
+        return str(rendered)
+
+    def encode(self, request: str, reply: str = "") -> list[int]:
+        """Token ids of the rendered request and the start of a reply. The template writes the special tokens itself."""
+        return list(self.tokenizer(self.render(request) + reply, add_special_tokens=False)["input_ids"])
+
+    @cached_property
+    def eoi_tokens(self) -> tuple[int, ...]:
+        """End-of-instruction tokens: what the template puts after every request (paper, section 2.3).
+
+        Raises ChatTemplateError where it puts nothing there.
+        """
+        encoded = [self.encode(request) for request in _ENDINGS]
+        shared = 0
+        while shared < min(map(len, encoded)) and len({tokens[-1 - shared] for tokens in encoded}) == 1:
+            shared += 1
+        if shared == 0:
+            raise ChatTemplateError(
+                f"The chat template of {self.model_id} puts nothing after the request, so there is no end-of-instruction "
+                "token to read the direction from. Pass --chat_template with one that ends the user's turn."
+            )
+        return tuple(encoded[0][-shared:])
+
+    def inputs(self, request: str) -> dict[str, Tensor]:
+        """The model's inputs for a request: a batch of one, on the model's device."""
+        ids = torch.tensor([self.encode(request)], device=self.model.device)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def text_of(self, token: int) -> str:
+        return str(self.tokenizer.decode([token]))
+
+    def check_tokenizer(self) -> None:
+        """Raise TokenizerError where text is mapped to nothing but unknown tokens, as without tokenizer files."""
+        ids = set(self.tokenizer(_SAMPLE, add_special_tokens=False)["input_ids"]) - {self.tokenizer.unk_token_id}
+        if len(ids) < 5:
+            raise TokenizerError(
+                f"The tokenizer of {self.model_id} maps ordinary text to unknown tokens: its files are missing or broken. "
+                "A model folder needs tokenizer.json (or tokenizer.model) and tokenizer_config.json beside the weights."
+            )
+
+    @torch.no_grad()
+    def complete(self, requests: Sequence[str], max_new_tokens: int = 32) -> list[str]:
+        """Greedy completions, in order. Requests of equal length share a batch, so nothing is padded."""
+        encoded = [self.encode(request) for request in requests]
+        by_length: dict[int, list[int]] = {}
+        for index, tokens in enumerate(encoded):
+            by_length.setdefault(len(tokens), []).append(index)
+        completions = [""] * len(requests)
+        for length, members in by_length.items():
+            for begin in range(0, len(members), 32):
+                some = members[begin : begin + 32]
+                ids = torch.tensor([encoded[index] for index in some], device=self.model.device)
+                output = self._generate(ids, max_new_tokens)[:, length:]
+                for index, text in zip(
+                    some, self.tokenizer.batch_decode(output, skip_special_tokens=True), strict=True
+                ):
+                    completions[index] = text
+        return completions
+
+    def _generate(self, ids: Tensor, max_new_tokens: int) -> Tensor:
+        pad = self.tokenizer.pad_token_id
+        return self.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            top_p=None,
+            top_k=None,
+            temperature=None,
+            pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
+        )

@@ -1,0 +1,37 @@
+"""Finding the stack of decoder layers in any model, by structure and not by name."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from refusal_direction.errors import UnsupportedModelError
+
+__all__ = ["find_layers"]
+
+
+def find_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The model's decoder layers, in order.
+
+    They are the outermost, then longest, ModuleList whose members are transformer blocks, looked for first in the
+    text decoder (`get_decoder`), so that a vision tower's layers are never taken for them.
+
+    Raises UnsupportedModelError where there is none.
+    """
+    blocks = set(getattr(model, "_no_split_modules", None) or ())
+    for root in (model.get_decoder(), model):
+        stacks = [
+            (name.count("."), -len(module), module)
+            for name, module in root.named_modules()
+            if isinstance(module, nn.ModuleList)
+            and any(
+                isinstance(member, GradientCheckpointingLayer) or type(member).__name__ in blocks for member in module
+            )
+        ]
+        if stacks:
+            return min(stacks, key=lambda stack: stack[:2])[2]
+    raise UnsupportedModelError(
+        f"No stack of decoder layers was found in {type(model).__name__}. The method needs a transformer decoder from "
+        "the transformers library; if this is one, please report it with the model's id."
+    )

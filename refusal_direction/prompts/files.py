@@ -1,0 +1,81 @@
+"""Reading prompts from .json, .jsonl, .csv and .txt files."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from refusal_direction.errors import PromptFileError
+from refusal_direction.prompts.sets import Prompt
+
+__all__ = ["read_prompts"]
+
+_KEYS = ("instruction", "prompt", "text")
+_SHAPES = {
+    ".json": 'a list of strings, or of objects with an "instruction"',
+    ".jsonl": 'one JSON object with an "instruction" a line',
+    ".csv": "a header line with a column named instruction",
+    ".txt": "one prompt a line",
+}
+
+
+def read_prompts(path: Path) -> tuple[Prompt, ...]:
+    """The prompts of a file, in order; their ids are the file's stem and their place in it.
+
+    Raises PromptFileError, naming the file and the line or entry, where it is missing, empty or malformed.
+    """
+    if path.suffix not in _SHAPES:
+        raise PromptFileError(f"{path}: prompt files end in {', '.join(_SHAPES)}. Rename or convert it.")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise PromptFileError(f"{path}: there is no such file. Check the path.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise PromptFileError(f"{path}: cannot be read as UTF-8 text ({error}).") from error
+    prompts = tuple(_checked(path, where, entry) for where, entry in _entries(path, text))
+    if not prompts:
+        raise PromptFileError(f"{path}: holds no prompts. Expected {_SHAPES[path.suffix]}.")
+    return tuple(Prompt(f"{path.stem}/{index}", prompt) for index, prompt in enumerate(prompts))
+
+
+def _entries(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    """Each entry with the name of its place, for messages."""
+    lines = enumerate(text.splitlines(), start=1)
+    if path.suffix == ".txt":
+        yield from ((f"line {number}", line) for number, line in lines if line.strip())
+    elif path.suffix == ".jsonl":
+        yield from ((f"line {number}", _parsed(path, line, number)) for number, line in lines if line.strip())
+    elif path.suffix == ".csv":
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        yield from ((f"line {reader.line_num}", row) for row in reader)
+    elif text.strip():
+        entries = _parsed(path, text, 1)
+        if not isinstance(entries, list):
+            raise PromptFileError(f"{path}: is a JSON {type(entries).__name__}. Expected {_SHAPES['.json']}.")
+        yield from ((f"entry {index}", entry) for index, entry in enumerate(entries))
+
+
+def _parsed(path: Path, text: str, line: int) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line += error.lineno - 1
+        raise PromptFileError(
+            f"{path}: line {line} is not valid JSON ({error.msg}). Expected {_SHAPES[path.suffix]}."
+        ) from error
+
+
+def _checked(path: Path, where: str, entry: Any) -> str:
+    """The prompt's text, whatever it is wrapped in."""
+    if isinstance(entry, dict):
+        named = [entry[key] for key in _KEYS if key in entry]
+        if not named:
+            raise PromptFileError(f"{path}: {where} has no 'instruction'. Expected {_SHAPES[path.suffix]}.")
+        entry = named[0]
+    if not isinstance(entry, str) or not entry.strip():
+        raise PromptFileError(f"{path}: {where} is empty or not text. Expected {_SHAPES[path.suffix]}.")
+    return entry.strip() if path.suffix == ".txt" else entry

@@ -1,0 +1,77 @@
+"""The prompt splits that the method's reference repository publishes: downloaded once, verified, used offline after."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+import urllib.error
+from pathlib import Path
+
+from torch.hub import download_url_to_file
+
+from refusal_direction.errors import DownloadError
+from refusal_direction.prompts.files import read_prompts
+from refusal_direction.prompts.sets import Prompt
+
+__all__ = ["COMMIT", "SHA256", "published_splits"]
+
+log = logging.getLogger(__name__)
+
+COMMIT = "9d852fae1a9121c78b29142de733cb1340770cc3"
+BASE_URL = f"https://raw.githubusercontent.com/andyrdt/refusal_direction/{COMMIT}/dataset/splits"
+SHA256 = {
+    "harmful_train": "8f5c0eac0efd2a7f99084bbe8d0de2c465e31b1997184783c917969d9de9ece1",
+    "harmless_train": "86623b1f8a25aa35df153fc97a556dbcebb6a7c881538ae43ee479ca17f2e002",
+    "harmful_val": "305f1d1e6dfa6c50a32d24a18ef815f42b5441eb83e6d7767d242107162fd9f4",
+    "harmless_val": "772010758e7d771ef4c7e5e4acdfd7598dcece1a6f383f20d382f640913a2a4d",
+}
+_TRIES = 3
+_PAUSE = 2.0
+
+
+def published_splits(data_dir: Path, progress: bool = False) -> dict[str, tuple[Prompt, ...]]:
+    """The four splits, fetched into `data_dir` where they are not there yet.
+
+    Raises DownloadError where they cannot be fetched, or where a file is not the published one.
+    """
+    return {name: read_prompts(_fetched(name, digest, data_dir, progress)) for name, digest in SHA256.items()}
+
+
+def _fetched(name: str, digest: str, data_dir: Path, progress: bool) -> Path:
+    path = data_dir / f"{name}.json"
+    if path.exists():
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        if found != digest:
+            raise DownloadError(
+                f"{path} is not the published split (its SHA-256 is {found[:12]}..., not {digest[:12]}...). Delete it to have "
+                "it downloaded again, or pass your own prompts with --harmful and --harmless."
+            )
+        return path
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DownloadError(f"{data_dir} cannot be made ({error.strerror}). Choose another --data_dir.") from error
+    _download(f"{BASE_URL}/{name}.json", path, digest, progress)
+    return path
+
+
+def _download(url: str, path: Path, digest: str, progress: bool) -> None:
+    """Fetch atomically: a file that is there is whole and verified."""
+    for attempt in range(1, _TRIES + 1):
+        try:
+            download_url_to_file(url, str(path), hash_prefix=digest, progress=progress)
+            return
+        except RuntimeError as error:  # torch.hub's word for a wrong hash
+            raise DownloadError(
+                f"{url} is not what was published: its SHA-256 differs from {digest[:12]}.... Nothing was kept. Try again "
+                "later, or pass your own prompts with --harmful and --harmless."
+            ) from error
+        except (urllib.error.URLError, OSError) as error:
+            if attempt == _TRIES:
+                raise DownloadError(
+                    f"{url} could not be downloaded ({error}). Check the network, copy the file to {path} by hand, pass "
+                    "your own prompts with --harmful and --harmless, or try --model_id demo, which needs no download."
+                ) from error
+            log.warning("Download of %s failed (%s); trying again.", path.name, error)
+            time.sleep(_PAUSE * attempt)

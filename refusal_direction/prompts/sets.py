@@ -1,0 +1,83 @@
+"""Prompts, and the four sets of them that the method needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from random import Random
+
+from refusal_direction.errors import TooFewPromptsError
+
+__all__ = ["Prompt", "PromptSets", "sample_pools", "sample_splits"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A request to the model."""
+
+    id: str
+    """Where it comes from: the file's stem and the place in it, as in "harmful_train/17"."""
+    text: str
+
+
+@dataclass(frozen=True)
+class PromptSets:
+    """Harmful and harmless prompts, to compute the direction (train) and to score it (val)."""
+
+    harmful_train: tuple[Prompt, ...]
+    harmless_train: tuple[Prompt, ...]
+    harmful_val: tuple[Prompt, ...]
+    harmless_val: tuple[Prompt, ...]
+
+    @property
+    def everything(self) -> tuple[Prompt, ...]:
+        return self.harmful_train + self.harmless_train + self.harmful_val + self.harmless_val
+
+    def indices(self) -> dict[str, list[int]]:
+        """For each set, the places of its prompts in `everything`."""
+        places: dict[str, list[int]] = {}
+        begin = 0
+        for name in ("harmful_train", "harmless_train", "harmful_val", "harmless_val"):
+            size = len(getattr(self, name))
+            places[name] = list(range(begin, begin + size))
+            begin += size
+        return places
+
+
+def _draw(rng: Random, pool: Sequence[Prompt], count: int, name: str, remedy: str) -> tuple[Prompt, ...]:
+    if count < 1:
+        raise TooFewPromptsError(f"{count} prompts of {name} were asked for. At least one is needed: {remedy}.")
+    if len(pool) < count:
+        raise TooFewPromptsError(
+            f"{name} has {len(pool)} prompts, but {count} were asked for. Add prompts, or lower {remedy}."
+        )
+    return tuple(rng.sample(list(pool), count))
+
+
+def sample_splits(splits: Mapping[str, Sequence[Prompt]], *, n_train: int, n_val: int, seed: int) -> PromptSets:
+    """Draw from splits that are already apart. The order of the four draws is that of the published runs.
+
+    Raises TooFewPromptsError where a split has fewer prompts than asked for.
+    """
+    rng = Random(seed)
+    drawn = {}
+    for part, count in (("train", n_train), ("val", n_val)):
+        for name in (f"harmful_{part}", f"harmless_{part}"):
+            drawn[name] = _draw(rng, splits[name], count, name, f"--n_{part}")
+    return PromptSets(**drawn)
+
+
+def sample_pools(
+    harmful: Sequence[Prompt], harmless: Sequence[Prompt], *, n_train: int, n_val: int, seed: int
+) -> PromptSets:
+    """Draw train and validation prompts, without overlap, from one pool of each kind; repeated texts count once.
+
+    Raises TooFewPromptsError where a pool has fewer prompts than n_train + n_val.
+    """
+    rng = Random(seed)
+    drawn = {}
+    for name, pool in (("harmful", harmful), ("harmless", harmless)):
+        distinct = list({prompt.text: prompt for prompt in pool}.values())
+        both = _draw(rng, distinct, n_train + n_val, f"the {name} prompt file", "--n_train or --n_val")
+        drawn[f"{name}_train"], drawn[f"{name}_val"] = both[:n_train], both[n_train:]
+    return PromptSets(**drawn)

@@ -1,0 +1,94 @@
+"""Results as text: the table at the end of a run, and completions side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from refusal_direction.artifacts import FILES
+from refusal_direction.engine.interventions import ablated, steered
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from refusal_direction.pipeline import Extraction
+
+__all__ = ["completions", "results"]
+
+_SHOWN = 3
+
+
+def _with_error(values: Tensor) -> str:
+    """Mean and standard error over the prompts."""
+    error = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else float("nan")
+    return f"{float(values.mean()):.2f} ± {error:.2f}"
+
+
+def results(extraction: Extraction) -> str:
+    """The selected direction and its scores, as a Markdown table. Errors are standard errors over the prompts."""
+    chosen, kept = extraction.selection, extraction.kept
+    n_layers = extraction.candidates.shape[1]
+    refusal = extraction.baseline.refusal
+    kl = extraction.scores.kl[chosen.index]
+    rows = [
+        ("Metric", "With direction", "Baseline"),
+        (
+            f"Ablation refusal score ({len(kept['harmful_val'])} harmful prompts)",
+            _with_error(extraction.scores.ablation[chosen.index]),
+            _with_error(refusal[kept["harmful_val"]]),
+        ),
+        (
+            f"Steering refusal score ({len(kept['harmless_val'])} harmless prompts)",
+            _with_error(extraction.scores.steering[chosen.index]),
+            _with_error(refusal[kept["harmless_val"]]),
+        ),
+        (
+            "KL divergence (harmless, ablated)",
+            f"{float(kl.mean()):.3f} ± {float(kl.std() / math.sqrt(len(kl))):.3f}",
+            "—",
+        ),
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    title = (
+        f"Refusal direction of {extraction.chat.model_id}: position {chosen.score.position}, layer {chosen.score.layer}"
+    )
+    return "\n".join([f"{title} (of {n_layers} layers)", "", *lines])
+
+
+def files(folder: Path) -> str:
+    """Where the files of a run are."""
+    return "\n".join([f"Written to {folder}/:", *(f"  {name}" for name in FILES)])
+
+
+def completions(extraction: Extraction, max_new_tokens: int = 48) -> str:
+    """Baseline, ablated and steered completions of the first few validation prompts that the filter kept."""
+    chat, direction = extraction.chat, extraction.direction
+    everything = extraction.prompts.everything
+    harmful, harmless = (
+        [everything[index].text for index in extraction.kept[name][:_SHOWN]] for name in ("harmful_val", "harmless_val")
+    )
+    with ablated(chat.model, direction.vector):
+        without = chat.complete(harmful, max_new_tokens)
+    with steered(chat.model, direction.vector, layer=direction.layer):
+        added = chat.complete(harmless, max_new_tokens)
+    return "\n".join(
+        [
+            *_side_by_side("Harmful", harmful, chat.complete(harmful, max_new_tokens), "ablated", without),
+            *_side_by_side("Harmless", harmless, chat.complete(harmless, max_new_tokens), "steered", added),
+        ]
+    )
+
+
+def _side_by_side(
+    kind: str, prompts: Sequence[str], before: Sequence[str], name: str, after: Sequence[str]
+) -> list[str]:
+    lines = []
+    for prompt, plain, changed in zip(prompts, before, after, strict=True):
+        lines += [f"{kind}: {prompt}", f"  baseline: {plain.strip()}", f"  {name}:  {changed.strip()}", ""]
+    return lines
