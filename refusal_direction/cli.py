@@ -136,7 +136,9 @@ def _run(config: Config) -> None:
 
 def _quiet_libraries() -> None:
     """Only what concerns the user: our warnings, and no bars of the libraries where output is no terminal."""
-    logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr, level=logging.WARNING)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("Warning: %(message)s"))
+    logging.getLogger("refusal_direction").handlers = [handler]
     if not sys.stderr.isatty():
         from transformers.utils import logging as transformers_logging
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +21,7 @@ __all__ = ["ChatModel", "TEMPLATE_ARGUMENTS"]
 _PINNED_DATE = "26 Jul 2024"
 
 
-def _pinned_strftime(form: str) -> str:
-    return _PINNED_DATE
-
+_PINNED_CLOCK = "{% macro strftime_now(format) %}" + _PINNED_DATE + "{% endmacro %}"
 
 TEMPLATE_ARGUMENTS: dict[str, Any] = {"enable_thinking": False, "date_string": _PINNED_DATE}
 """What templates are given so that the same prompt renders the same every day, and thinking is off."""
@@ -44,8 +42,6 @@ class ChatModel:
     """The Hub's commit of the weights; None for a local folder."""
     chat_template: str | None = None
     """Overrides the tokenizer's own template."""
-    keep_alive: object = field(default=None, repr=False)
-    """Owns the offload folder, which goes when the model goes."""
 
     def render(self, request: str) -> str:
         """The request as the model expects it, up to where its reply begins.
@@ -57,8 +53,7 @@ class ChatModel:
                 [{"role": "user", "content": request}],
                 tokenize=False,
                 add_generation_prompt=True,
-                chat_template=self.chat_template,
-                strftime_now=_pinned_strftime,
+                chat_template=self._template(),
                 **TEMPLATE_ARGUMENTS,
             )
         except (ValueError, TemplateError) as error:
@@ -67,6 +62,10 @@ class ChatModel:
                 "--chat_template with a Jinja template or a file that holds one."
             ) from error
         return str(rendered)
+
+    def _template(self) -> str:
+        template = self.tokenizer.get_chat_template(self.chat_template)
+        return _PINNED_CLOCK + template if "strftime_now" in template else template
 
     def encode(self, request: str, reply: str = "") -> list[int]:
         """Token ids of the rendered request and the start of a reply. The template writes the special tokens itself."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from weakref import finalize
 
 import psutil
 import torch
@@ -39,22 +41,18 @@ def load_chat_model(source: ModelSource | str) -> ChatModel:
         tokenizer = AutoTokenizer.from_pretrained(path)
         parameters = _parameters(config, source.model_id)
         dtype = _dtype(source.dtype, device, parameters)
-        offload = tempfile.TemporaryDirectory(prefix="refusal_direction_", ignore_cleanup_errors=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            offload_folder=offload.name,
-            **_placement(source.device, device, parameters * dtype.itemsize),
-        )
+        placement = _placement(source.device, device, parameters * dtype.itemsize)
+        with _offload_folder(placement) as owned_by:
+            model = AutoModelForCausalLM.from_pretrained(
+                path, config=config, dtype=dtype, use_safetensors=True, **placement
+            )
+            owned_by(model)
     chat = ChatModel(
         model=model.eval(),
         tokenizer=tokenizer,
         model_id=source.model_id,
         revision=getattr(config, "_commit_hash", None),
         chat_template=_template(source.chat_template),
-        keep_alive=offload,
     )
     chat.check_tokenizer()
     return chat
@@ -84,7 +82,8 @@ def _parameters(config: PretrainedConfig, model_id: str) -> int:
             model = AutoModelForCausalLM.from_config(config)
     except ValueError as error:
         raise ModelAccessError(
-            f"{model_id} is not a causal language model that transformers knows ({str(error)[:200]}). Use a chat model."
+            f"{model_id} is a {config.model_type}, which transformers does not know as a causal language model. Use a chat "
+            "model."
         ) from error
     return sum(weight.numel() for weight in model.parameters())
 
@@ -115,6 +114,23 @@ def _placement(asked: str, device: torch.device, weights: int) -> dict[str, obje
     return {"device_map": "auto", "max_memory": limits}
 
 
+@contextmanager
+def _offload_folder(placement: dict[str, object]) -> Iterator[Callable[[object], None]]:
+    """Give a spread-out model a folder for what goes to disk, which is removed with its owner, or on failure."""
+    if placement["device_map"] != "auto":
+        yield lambda owner: None
+        return
+    folder = tempfile.mkdtemp(prefix="refusal_direction_")
+    placement["offload_folder"] = folder
+    with ExitStack() as failed:
+        failed.callback(shutil.rmtree, folder, ignore_errors=True)
+
+        def owned_by(owner: object) -> None:
+            finalize(owner, failed.pop_all().close)
+
+        yield owned_by
+
+
 def _template(given: str | None) -> str | None:
     if given is None:
         return None
@@ -140,7 +156,7 @@ def _access_explained(model_id: str) -> Iterator[None]:
     """Turn the Hub's errors into ones that say what to do."""
     try:
         yield
-    except (OSError, HFValidationError) as error:
+    except (OSError, ValueError) as error:  # HFValidationError is a ValueError; so is a folder without config.json
         causes = tuple(_causes(error))
         if any(isinstance(cause, GatedRepoError) for cause in causes):
             raise ModelAccessError(

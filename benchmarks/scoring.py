@@ -1,0 +1,248 @@
+"""This engine against the naive way, side by side in one run: time, scores, peak memory, share of the machine's own rate.
+
+    python benchmarks/scoring.py [--data_dir data] [--layers 12] [--n_train 128] [--n_val 32]
+
+The naive way is the published loop: a candidate at a time, batches of 32 prompts padded to the longest, hooks on every
+layer, logits of all positions. Both run on a random 55M-parameter Gemma in float32 with the published prompts (the demo's, if
+they have not been downloaded). Each runs in a process of its own; this engine runs before and after the naive way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, GemmaConfig, GemmaForCausalLM
+
+from refusal_direction import demo
+from refusal_direction.config import DEMO_MODEL, PromptSource
+from refusal_direction.directions import mean_difference, unit
+from refusal_direction.engine import Candidates, Engine
+from refusal_direction.engine.interventions import ResidualStream
+from refusal_direction.memory import peak_bytes
+from refusal_direction.metrics import kl_divergence, refusal_score
+from refusal_direction.models.chat import ChatModel
+from refusal_direction.models.refusal_tokens import chosen
+from refusal_direction.prompts import PromptSets, gather
+from refusal_direction.scoring import intervention_rows, measure_baseline, score_candidates
+
+BATCH = 32
+
+
+def random_gemma(n_layers: int) -> GemmaForCausalLM:
+    torch.manual_seed(0)
+    config = GemmaConfig(
+        vocab_size=8192,
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=n_layers,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        head_dim=64,
+        initializer_range=0.05,
+    )
+    return GemmaForCausalLM(config).eval()
+
+
+def setting(options: argparse.Namespace) -> tuple[ChatModel, PromptSets]:
+    chat = ChatModel(random_gemma(options.layers), AutoTokenizer.from_pretrained(options.tokenizer), "random Gemma")
+    source = PromptSource(n_train=options.n_train, n_val=options.n_val, data_dir=options.data_dir)
+    published = (options.data_dir / "harmful_train.json").exists()
+    return chat, gather(source, "random" if published else DEMO_MODEL)
+
+
+def ours(chat: ChatModel, sets: PromptSets) -> dict[str, Tensor]:
+    tokens, indices = chosen(chat, ("I",)), sets.indices()
+    engine = Engine(ResidualStream(chat.model), [chat.inputs(prompt.text) for prompt in sets.everything])
+    train = indices["harmful_train"] + indices["harmless_train"]
+    baseline = measure_baseline(engine, tokens, len(chat.eoi_tokens), observed=train, kept=indices["harmless_val"])
+    n_train = len(sets.harmful_train)
+    means = mean_difference(baseline.activations[:n_train], baseline.activations[n_train:])
+    candidates = Candidates(means.flatten(0, 1), tuple(range(means.shape[1])) * means.shape[0])
+    rows = intervention_rows(candidates, harmful=indices["harmful_val"], harmless=indices["harmless_val"])
+    scores = score_candidates(engine, tokens, candidates, rows, baseline, indices)
+    depth = len(engine.stream.layers)
+    length = [engine.prompts[prompt]["input_ids"].shape[-1] for prompt in range(len(engine.prompts))]
+    work = depth * sum(length) + sum(
+        length[row.prompt] * (depth - (candidates.layers[row.candidate] if row.kind.value == "steering" else 0))
+        for row in rows
+    )
+    return {
+        "ablation": scores.ablation,
+        "steering": scores.steering,
+        "kl": scores.kl,
+        "token_layers": torch.tensor(work),
+    }
+
+
+class Naive:
+    """The published loop, as plainly as it can be written."""
+
+    def __init__(self, chat: ChatModel, sets: PromptSets) -> None:
+        self.chat, self.model, self.sets = chat, chat.model, sets
+        self.layers = chat.model.model.layers
+        self.tokens = chosen(chat, ("I",)).ids
+
+    def batches(self, prompts: tuple[Any, ...]) -> Iterator[dict[str, Tensor]]:
+        for begin in range(0, len(prompts), BATCH):
+            encoded = [self.chat.encode(prompt.text) for prompt in prompts[begin : begin + BATCH]]
+            longest = max(map(len, encoded))
+            yield {
+                "input_ids": torch.tensor([[0] * (longest - len(tokens)) + tokens for tokens in encoded]),
+                "attention_mask": torch.tensor(
+                    [[0] * (longest - len(tokens)) + [1] * len(tokens) for tokens in encoded]
+                ),
+            }
+
+    @torch.no_grad()
+    def last_logits(self, prompts: tuple[Any, ...]) -> Tensor:
+        return torch.cat([self.model(**batch, use_cache=False).logits[:, -1] for batch in self.batches(prompts)])
+
+    @contextmanager
+    def hooked(self, change: Callable[[Tensor], Tensor], layers: Any, outputs: bool) -> Iterator[None]:
+        def on_input(module: Any, args: Any) -> Any:
+            return (change(args[0]), *args[1:])
+
+        def on_output(module: Any, args: Any, output: Any) -> Any:
+            return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+
+        handles = [layer.register_forward_pre_hook(on_input) for layer in layers]
+        if outputs:
+            handles += [
+                part.register_forward_hook(on_output) for layer in layers for part in (layer.self_attn, layer.mlp)
+            ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def mean_activations(self, prompts: tuple[Any, ...], n_positions: int) -> Tensor:
+        total = torch.zeros(n_positions, len(self.layers), self.model.config.hidden_size, dtype=torch.float64)
+
+        def hook(index: int) -> Callable[..., None]:
+            def add(module: Any, args: Any) -> None:
+                total[:, index] += args[0][:, -n_positions:].double().sum(0)
+
+            return add
+
+        handles = [layer.register_forward_pre_hook(hook(index)) for index, layer in enumerate(self.layers)]
+        self.last_logits(prompts)
+        for handle in handles:
+            handle.remove()
+        return total / len(prompts)
+
+    def run(self) -> dict[str, Tensor]:
+        n_positions = len(self.chat.eoi_tokens)
+        harmful, harmless = self.sets.harmful_val, self.sets.harmless_val
+        for prompts in (self.sets.harmful_train, self.sets.harmless_train, harmful):
+            self.last_logits(prompts)  # the filter's scores
+        before = self.last_logits(harmless)
+        candidates = self.mean_activations(self.sets.harmful_train, n_positions)
+        candidates -= self.mean_activations(self.sets.harmless_train, n_positions)
+        found: dict[str, list[Tensor]] = {"ablation": [], "steering": [], "kl": []}
+        for position in range(n_positions):
+            for index, layer in enumerate(self.layers):
+                r = candidates[position, index]
+                u = unit(r).float()
+                with self.hooked(lambda x, u=u: x - (x @ u).unsqueeze(-1) * u, self.layers, outputs=True):
+                    found["ablation"].append(refusal_score(self.last_logits(harmful), self.tokens))
+                    found["kl"].append(kl_divergence(before, self.last_logits(harmless)))
+                with self.hooked(lambda x, r=r.float(): x + r, [layer], outputs=False):
+                    found["steering"].append(refusal_score(self.last_logits(harmless), self.tokens))
+        return {name: torch.stack(values) for name, values in found.items()}
+
+
+def matrix_rate() -> float:
+    """What the machine reaches on a plain float32 matrix product, in FLOP/s: the best of a few tries."""
+    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    best = 0.0
+    for _ in range(8):
+        begin = time.perf_counter()
+        a @ b
+        best = max(best, 2 * 2048**3 / (time.perf_counter() - begin))
+    return best
+
+
+def _measured(name: str, options: argparse.Namespace, pipe: Any) -> None:
+    chat, sets = setting(options)
+    rate = matrix_rate()
+    before = psutil.Process().memory_info().rss
+    begin = time.perf_counter()
+    scores = ours(chat, sets) if name == "ours" else Naive(chat, sets).run()
+    seconds = time.perf_counter() - begin
+    rate = max(rate, matrix_rate())
+    layer = sum(weight.numel() for weight in chat.model.model.layers[0].parameters())
+    pipe.send(
+        {
+            "seconds": seconds,
+            "rate": rate,
+            "memory": peak_bytes(torch.device("cpu")) - before,
+            "flops_a_token_layer": 2 * layer,
+            "parameters": chat.model.num_parameters(),
+            "positions": len(chat.eoi_tokens),
+            "scores": {key: value.numpy() for key, value in scores.items()},
+        }
+    )
+
+
+def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Run one of the two in a process of its own, so that its peak memory is its own."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_measured, args=(name, options, there))
+    process.start()
+    while not here.poll(1.0):
+        if not process.is_alive():
+            raise SystemExit(f"The process that measured {name} died with exit code {process.exitcode}.")
+    result: dict[str, Any] = here.recv()
+    process.join()
+    return result
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--data_dir", type=Path, default=Path("data"))
+    arguments.add_argument(
+        "--tokenizer", default=str(demo.MODEL_DIR), help="folder of a tokenizer with a chat template"
+    )
+    arguments.add_argument("--layers", type=int, default=12)
+    arguments.add_argument("--n_train", type=int, default=128)
+    arguments.add_argument("--n_val", type=int, default=32)
+    arguments.add_argument("--only", choices=("ours", "naive"), help="run one of them alone, to profile it")
+    options = arguments.parse_args()
+    order = (options.only,) if options.only else ("ours", "naive", "ours")
+    runs = [(name, measured(name, options)) for name in order]
+    for name, run in runs:
+        print(f"{name:6s} {run['seconds']:7.1f} s   peak memory above the model {run['memory'] / 2**20:6.0f} MiB")
+    mine = [run for name, run in runs if name == "ours"]
+    naive = [run for name, run in runs if name == "naive"]
+    for run in mine:
+        reached = run["scores"]["token_layers"] * run["flops_a_token_layer"] / run["seconds"]
+        print(
+            f"ours reaches {reached / 1e9:.0f} GFLOP/s in all, {reached / run['rate']:.0%} of the machine's "
+            f"{run['rate'] / 1e9:.0f} on a plain matrix product"
+        )
+    if mine and naive:
+        difference = max(
+            float(abs(mine[0]["scores"][key] - naive[0]["scores"][key]).max()) for key in ("ablation", "steering", "kl")
+        )
+        ratio = naive[0]["seconds"] / (sum(run["seconds"] for run in mine) / len(mine))
+        print(f"ratio naive / ours: {ratio:.2f}   largest score difference: {difference:.1e}")
+    first = runs[0][1]
+    shape = {"parameters": first["parameters"], "layers": options.layers, "positions": first["positions"]}
+    print(json.dumps({**shape, "n_train": options.n_train, "n_val": options.n_val, "threads": torch.get_num_threads()}))
+
+
+if __name__ == "__main__":
+    main()

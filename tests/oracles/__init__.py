@@ -1,0 +1,1 @@
+"""Slow, obvious reference implementations. Nothing here imports the package under test."""

@@ -1,0 +1,135 @@
+"""A small instance of the method's problem on token ids, and the package's answer to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from refusal_direction.directions import mean_difference
+from refusal_direction.engine import Candidates, Engine
+from refusal_direction.engine.interventions import ResidualStream
+from refusal_direction.models.refusal_tokens import RefusalTokens
+from refusal_direction.scoring import Baseline, Scores, intervention_rows, measure_baseline, score_candidates
+from tests.families import VOCAB, Family, layers_of
+from tests.oracles import reference
+
+N_POSITIONS = 3
+REFUSAL_TOKENS = (7, 11)
+_END_OF_INSTRUCTION = [5, 9, 4]  # as a chat template would put there
+_LENGTHS = (4, 7, 2, 9, 4, 6)  # shorter and longer than the sliding windows
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Token ids of the four sets of prompts, of several lengths."""
+
+    harmful_train: list[list[int]]
+    harmless_train: list[list[int]]
+    harmful_val: list[list[int]]
+    harmless_val: list[list[int]]
+
+    @property
+    def sets(self) -> dict[str, list[list[int]]]:
+        return {
+            "harmful_train": self.harmful_train,
+            "harmless_train": self.harmless_train,
+            "harmful_val": self.harmful_val,
+            "harmless_val": self.harmless_val,
+        }
+
+    @property
+    def inputs(self) -> list[dict[str, Tensor]]:
+        """The model's inputs for every prompt, set after set."""
+        return [as_inputs(prompt) for members in self.sets.values() for prompt in members]
+
+    def indices(self) -> dict[str, list[int]]:
+        """For each set, the places of its prompts in `inputs`."""
+        places: dict[str, list[int]] = {}
+        for name, members in self.sets.items():
+            begin = sum(map(len, places.values()))
+            places[name] = list(range(begin, begin + len(members)))
+        return places
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the package finds."""
+
+    engine: Engine
+    baseline: Baseline
+    candidates: Tensor
+    """[position, layer, d_model]"""
+    scores: Scores
+
+
+def as_inputs(prompt: list[int]) -> dict[str, Tensor]:
+    """A batch of one, not padded."""
+    ids = torch.tensor([prompt])
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def make_problem(seed: int = 0, *, n_train: int = 5, n_val: int = 4) -> Problem:
+    """Random prompts: the harmful ones are drawn from the upper half of the vocabulary."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(count: int, low: int, high: int, shift: int) -> list[list[int]]:
+        lengths = [_LENGTHS[(i + shift) % len(_LENGTHS)] for i in range(count)]
+        bodies = [torch.randint(low, high, (length,), generator=generator).tolist() for length in lengths]
+        return [body + _END_OF_INSTRUCTION for body in bodies]
+
+    middle = VOCAB // 2
+    return Problem(
+        harmful_train=draw(n_train, middle, VOCAB, 0),
+        harmless_train=draw(n_train, 12, middle, 1),
+        harmful_val=draw(n_val, middle, VOCAB, 2),
+        harmless_val=draw(n_val, 12, middle, 3),
+    )
+
+
+def engine_of(model: PreTrainedModel, problem: Problem, batch_size: int | None = None) -> Engine:
+    return Engine(ResidualStream(model), problem.inputs, batch_size)
+
+
+def solve(engine: Engine, problem: Problem) -> Answer:
+    """Both sweeps of the package, as its pipeline runs them, with every prompt kept."""
+    tokens = RefusalTokens(REFUSAL_TOKENS, ("a", "b"), "a test")
+    places = problem.indices()
+    observed = places["harmful_train"] + places["harmless_train"]
+    baseline = measure_baseline(engine, tokens, N_POSITIONS, observed=observed, kept=places["harmless_val"])
+    middle = len(places["harmful_train"])
+    candidates = mean_difference(baseline.activations[:middle], baseline.activations[middle:])
+    n_positions, n_layers, _ = candidates.shape
+    flat = Candidates(candidates.flatten(0, 1), tuple(range(n_layers)) * n_positions)
+    rows = intervention_rows(flat, harmful=places["harmful_val"], harmless=places["harmless_val"])
+    scores = score_candidates(engine, tokens, flat, rows, baseline, places)
+    return Answer(engine, baseline, candidates, scores)
+
+
+def known(model: PreTrainedModel, family: Family, writes: tuple[str, ...] | None = None) -> reference.Model:
+    """The model as the reference implementation wants it: with the hand-written truth, or other writes."""
+    return reference.Model(model, layers_of(model, family), writes or family.writes, family.needs_position_ids)
+
+
+def solve_slowly(model: PreTrainedModel, family: Family, problem: Problem) -> reference.Report:
+    """The reference implementation's answer to the same problem."""
+    return reference.report(
+        known(model, family), **problem.sets, refusal_tokens=REFUSAL_TOKENS, n_positions=N_POSITIONS
+    )
+
+
+def differences(answer: Answer, expected: reference.Report, problem: Problem) -> dict[str, float]:
+    """The largest difference in each quantity; that of the candidates is relative to the largest of them."""
+    places = problem.indices()
+    refusal = answer.baseline.refusal
+    pairs = {
+        "harmful baseline": (refusal[places["harmful_val"]], expected.baseline_harmful),
+        "harmless baseline": (refusal[places["harmless_val"]], expected.baseline_harmless),
+        "ablation": (answer.scores.ablation, expected.ablation.flatten(0, 1)),
+        "steering": (answer.scores.steering, expected.steering.flatten(0, 1)),
+        "KL": (answer.scores.kl, expected.kl.flatten(0, 1)),
+        "candidates": (answer.candidates / expected.candidates.abs().max(), expected.candidates / expected.candidates.abs().max()),
+    }
+    return {name: float((ours - theirs).abs().max()) for name, (ours, theirs) in pairs.items()}

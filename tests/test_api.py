@@ -1,0 +1,44 @@
+"""What the package offers, and that asking for it is cheap."""
+
+import importlib
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+import refusal_direction
+
+
+def test_every_public_name_exists():
+    for name in refusal_direction.__all__:
+        assert getattr(refusal_direction, name).__name__ == name
+
+
+def test_every_modules_public_names_exist():
+    for module in pkgutil.walk_packages(refusal_direction.__path__, "refusal_direction."):
+        if not module.name.endswith("__main__"):
+            loaded = importlib.import_module(module.name)
+            missing = [name for name in getattr(loaded, "__all__", ()) if not hasattr(loaded, name)]
+            assert not missing, module.name
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'extrac'"):
+        _ = refusal_direction.extrac
+
+
+def test_importing_the_package_does_not_import_torch():
+    script = (
+        "import sys, refusal_direction, refusal_direction.cli, refusal_direction.demo; print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_every_error_is_drawn_in_the_tree_of_the_errors_module():
+    from refusal_direction import errors
+
+    for name in errors.__all__:
+        assert name in (errors.__doc__ or "")
+        assert issubclass(getattr(errors, name), errors.RefusalDirectionError)

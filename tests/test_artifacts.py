@@ -1,0 +1,163 @@
+"""Results on disk: what they hold, and that they are never half-written or mixed."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from refusal_direction import artifacts, load_direction
+from refusal_direction.artifacts import FILES
+from refusal_direction.errors import OutputError
+from refusal_direction.pipeline import Extraction
+
+
+def marked(extraction: Extraction, mark: str) -> Extraction:
+    """The same results, recognisable in every JSON file's stead by the model's id."""
+    return replace(extraction, chat=replace(extraction.chat, model_id=mark))
+
+
+def marks(folder: Path) -> set[str]:
+    """The runs whose files lie side by side in a folder."""
+    found = set()
+    if (folder / "direction_metadata.json").exists():
+        found.add(json.loads((folder / "direction_metadata.json").read_text())["model_id"])
+    if (folder / "run.json").exists():
+        found.add(json.loads((folder / "run.json").read_text())["model"]["model_id"])
+    return found
+
+
+def test_the_files_have_the_names_shapes_and_keys_of_the_specification(extraction: Extraction, tmp_path: Path):
+    artifacts.write(extraction, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == set(FILES)
+    n_positions, n_layers, d_model = extraction.candidates.shape
+    direction = torch.load(tmp_path / "refusal_direction.pt", weights_only=True)
+    candidates = torch.load(tmp_path / "candidate_directions.pt", weights_only=True)
+    metadata = json.loads((tmp_path / "direction_metadata.json").read_text())
+    scores = json.loads((tmp_path / "all_direction_scores.json").read_text())
+    assert direction.shape == (d_model,)
+    assert candidates.shape == (n_positions, n_layers, d_model)
+    assert torch.equal(direction, candidates[metadata["position"], metadata["layer"]])
+    assert [(row["position"], row["layer"]) for row in scores] == [
+        (position, layer) for position in range(-n_positions, 0) for layer in range(n_layers)
+    ]
+    assert set(scores[0]) == {"position", "layer", "ablation_refusal", "steering_refusal", "kl_div"}
+
+
+def test_the_direction_is_a_copy_and_not_a_view_of_all_candidates(extraction: Extraction, tmp_path: Path):
+    artifacts.write(extraction, tmp_path)
+    size = (tmp_path / "refusal_direction.pt").stat().st_size
+    assert size < 4 * extraction.candidates.shape[-1] + 2048
+
+
+def test_run_json_identifies_the_run(extraction: Extraction, tmp_path: Path):
+    artifacts.write(extraction, tmp_path)
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["versions"]["torch"] == torch.__version__
+    assert run["config"]["prompts"]["seed"] == 42
+    assert [token["text"] for token in run["eoi_tokens"]][-1] == "\n"
+    assert run["refusal_tokens"]["texts"] == ["I"]
+    assert run["engine"]["name"] == "layer-major"
+    assert run["peak_memory_bytes"] > 0
+    for name, members in extraction.prompts.indices().items():
+        said = run["prompts"][name]
+        assert (said["drawn"], said["kept"]) == (len(members), len(extraction.kept[name]))
+        assert len(said["sha256"]) == 64
+
+
+def test_per_prompt_scores_average_to_the_scores(extraction: Extraction, tmp_path: Path):
+    artifacts.write(extraction, tmp_path)
+    scores = json.loads((tmp_path / "all_direction_scores.json").read_text())
+    with safe_open(tmp_path / "per_prompt_scores.safetensors", "pt") as file:
+        for name in ("ablation_refusal", "steering_refusal", "kl_div"):
+            means = file.get_tensor(name).mean(1)
+            assert torch.allclose(means, torch.tensor([row[name] for row in scores], dtype=means.dtype))
+        assert len(json.loads(file.metadata()["harmful_ids"])) == file.get_tensor("ablation_refusal").shape[1]
+
+
+def test_json_has_null_for_nan(extraction: Extraction, tmp_path: Path):
+    broken = replace(extraction.means[0], kl_div=float("nan"))
+    artifacts.write(replace(extraction, means=(broken, *extraction.means[1:])), tmp_path)
+    text = (tmp_path / "all_direction_scores.json").read_text()
+    assert "NaN" not in text
+    assert json.loads(text)[0]["kl_div"] is None
+
+
+def test_what_was_written_can_be_loaded(extraction: Extraction, tmp_path: Path):
+    artifacts.write(extraction, tmp_path)
+    loaded, direction = load_direction(tmp_path), extraction.direction
+    assert torch.equal(loaded.vector, direction.vector)
+    assert (loaded.layer, loaded.position, loaded.model_id) == (direction.layer, direction.position, direction.model_id)
+
+
+def test_loading_from_an_empty_folder_is_explained(tmp_path: Path):
+    with pytest.raises(OutputError, match="holds no refusal direction"):
+        load_direction(tmp_path)
+
+
+def failing_after(calls: int, function: Callable[..., object], error: BaseException) -> Callable[..., object]:
+    left = calls
+
+    def wrapper(*args: object, **kwargs: object) -> object:
+        nonlocal left
+        if left == 0:
+            raise error
+        left -= 1
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError()])
+@pytest.mark.parametrize("operation", ["replace", "fsync", "unlink"])
+@pytest.mark.parametrize("calls", range(8))
+def test_a_crash_at_any_moment_leaves_one_set_and_the_next_run_recovers(
+    extraction: Extraction,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    operation: str,
+    calls: int,
+    error: BaseException,
+):
+    artifacts.write(marked(extraction, "old"), tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, operation, failing_after(calls, getattr(os, operation), error))
+        try:
+            artifacts.write(marked(extraction, "new"), tmp_path)
+            finished = True
+        except (KeyboardInterrupt, MemoryError):
+            finished = False
+    assert len(marks(tmp_path)) <= 1
+    survivor = load_direction(tmp_path).model_id
+    assert {path.name for path in tmp_path.iterdir()} == set(FILES)
+    assert marks(tmp_path) == {survivor}
+    assert survivor == "new" or not finished
+
+
+def test_a_full_disk_leaves_the_old_set_untouched(
+    extraction: Extraction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    artifacts.write(marked(extraction, "old"), tmp_path)
+    monkeypatch.setattr(os, "fsync", failing_after(2, os.fsync, OSError(28, "No space left on device")))
+    with pytest.raises(OutputError, match="No space left"):
+        artifacts.write(marked(extraction, "new"), tmp_path)
+    assert marks(tmp_path) == {"old"}
+    assert {path.name for path in tmp_path.iterdir()} == set(FILES)
+
+
+def test_other_files_in_the_folder_are_left_alone(extraction: Extraction, tmp_path: Path):
+    (tmp_path / "vlm").mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    artifacts.write(extraction, tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "vlm").is_dir()
+
+
+def test_a_folder_that_cannot_be_written_is_found_out_before_the_work(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="Choose another --output_dir"):
+        artifacts.check_writable(tmp_path / "file" / "artifacts")

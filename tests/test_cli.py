@@ -1,0 +1,159 @@
+"""The command line, as its user meets it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from refusal_direction import cli, pipeline
+from refusal_direction.artifacts import FILES
+from refusal_direction.config import Config
+from refusal_direction.engine.interventions import ResidualStream
+from refusal_direction.errors import UnsupportedModelError
+
+ROOT = Path(__file__).parent.parent
+FEW = ["--model_id", "demo", "--n_train", "24", "--n_val", "12"]
+
+
+def run(*arguments: str, output: Path) -> int:
+    return cli.main([*FEW, "--output_dir", str(output), *arguments])
+
+
+def test_help_fits_two_screens_and_names_the_demo(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    shown = capsys.readouterr().out
+    assert len(shown.splitlines()) <= 80
+    assert "--model_id demo" in shown
+
+
+def test_the_defaults_are_those_of_the_configuration():
+    assert cli.config_from(cli.parser().parse_args([])) == Config()
+
+
+def test_both_spellings_of_a_flag_mean_the_same():
+    spelled = [
+        cli.config_from(cli.parser().parse_args([flag, "8"])).batch_size for flag in ("--batch_size", "--batch-size")
+    ]
+    assert spelled == [8, 8]
+
+
+def test_a_run_writes_its_files_and_prints_the_table(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    assert run("--sanity", output=tmp_path) == 0
+    shown = capsys.readouterr()
+    assert {path.name for path in tmp_path.iterdir()} == set(FILES)
+    for part in (
+        "| Metric",
+        "Ablation refusal score",
+        "Steering refusal score",
+        "KL divergence",
+        "baseline:",
+        "ablated:",
+    ):
+        assert part in shown.out
+    assert shown.err == ""
+
+
+def test_the_batch_size_does_not_change_the_scores(tmp_path: Path):
+    assert run(output=tmp_path / "free") == 0
+    assert run("--batch_size", "3", output=tmp_path / "small") == 0
+    rows = [json.loads((tmp_path / name / "all_direction_scores.json").read_text()) for name in ("free", "small")]
+    for free, small in zip(*rows, strict=True):
+        assert small == pytest.approx(free, abs=1e-4)
+
+
+def test_own_prompts_in_any_format(tmp_path: Path):
+    harmful = json.loads((ROOT / "refusal_direction/demo/prompts/harmful_train.json").read_text())
+    harmless = json.loads((ROOT / "refusal_direction/demo/prompts/harmless_train.json").read_text())
+    (tmp_path / "bad.jsonl").write_text("\n".join(map(json.dumps, harmful)))
+    (tmp_path / "good.txt").write_text("\n".join(row["instruction"] for row in harmless))
+    own = ["--harmful", str(tmp_path / "bad.jsonl"), "--harmless", str(tmp_path / "good.txt")]
+    assert run(*own, output=tmp_path / "out") == 0
+    run_json = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert run_json["prompts"]["harmful_train"]["ids"][0].startswith("bad/")
+
+
+def test_calibration_is_recorded(tmp_path: Path):
+    assert run("--calibrate_refusal", output=tmp_path) == 0
+    assert "calibrated on" in json.loads((tmp_path / "run.json").read_text())["refusal_tokens"]["source"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--batch_size", "0"], "--batch_size 0: must be at least 1"),
+        (["--prune_layers", "1.5"], "--prune_layers 1.5: must be"),
+        (["--n_train", "100000"], "were asked for"),
+        (["--harmful", "none.txt", "--harmless", "none.txt"], "none.txt: there is no such file"),
+        (["--refusal_tokens", "zyxwvut"], "is not one token of demo"),
+        (["--refusal_tokens", "I", "--calibrate_refusal"], "exclude each other"),
+        (["--refusal_tokens", "a"], "The filter left too few prompts"),
+        (["--kl_threshold", "-1"], "None of"),
+        (["--chat_template", "{{ messages }"], "chat template"),
+        (["--dtype", "int3"], "--dtype int3 is not known"),
+    ],
+)
+def test_an_error_is_one_message_without_traceback_and_exit_code_2(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    assert run(*arguments, output=tmp_path / "out") == 2
+    shown = capsys.readouterr()
+    assert said in shown.err
+    assert shown.err.startswith("Error: ")
+    assert "Traceback" not in shown.err
+    assert shown.out == ""
+    assert list((tmp_path / "out").iterdir() if (tmp_path / "out").exists() else ()) == []
+
+
+def test_an_output_folder_that_cannot_be_written_is_found_before_the_work(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(pipeline, "extract", lambda *args, **kwargs: pytest.fail("the work had begun"))
+    (tmp_path / "file").write_text("")
+    assert run(output=tmp_path / "file" / "out") == 2
+    assert "Choose another --output_dir" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_leaves_nothing_behind(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "score_candidates", interrupted)
+    assert run(output=tmp_path) == 130
+    assert "Interrupted" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unsupported_model_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def unsupported(self: object, model: object) -> None:
+        raise UnsupportedModelError("The residual writes of this model were not found.")
+
+    monkeypatch.setattr(ResidualStream, "__init__", unsupported)
+    assert run(output=tmp_path) == 2
+    assert "were not found" in capsys.readouterr().err
+
+
+def test_a_bug_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def buggy(*args: object, **kwargs: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(pipeline, "extract", buggy)
+    with pytest.raises(ZeroDivisionError):
+        run(output=tmp_path)
+
+
+@pytest.mark.parametrize("command", [["extract_refusal_direction.py"], ["-m", "refusal_direction"]])
+def test_every_way_of_starting_it_works_and_is_quiet(command: list[str], tmp_path: Path):
+    done = subprocess.run(
+        [sys.executable, *command, *FEW, "--output_dir", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Refusal direction of demo" in done.stdout
+    assert {path.name for path in tmp_path.iterdir()} == set(FILES)

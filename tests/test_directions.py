@@ -1,0 +1,169 @@
+"""Theorems about the mathematics of directions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from refusal_direction.directions import NULL_NORM, ablate, mean_difference, precise, unit
+
+sizes = st.tuples(st.integers(1, 5), st.integers(1, 7), st.integers(1, 40))
+seeds = st.integers(0, 2**31 - 1)
+scales = st.sampled_from([1e-3, 1.0, 1e3])
+
+
+def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def size_of(x: Tensor) -> float:
+    return float(x.norm(dim=-1).max())
+
+
+@given(sizes, seeds, scales)
+def test_ablated_vectors_are_orthogonal_to_their_direction(size: tuple[int, int, int], seed: int, scale: float) -> None:
+    rows, tokens, d_model = size
+    x, u = scale * randn(rows, tokens, d_model, seed=seed), unit(randn(rows, d_model, seed=seed + 1))
+    along = torch.einsum("rtd,rd->rt", ablate(x, u), u)
+    assert along.abs().max() < 1e-6 * size_of(x)  # u is short of unit length by 1e-8 / |r|
+
+
+@given(sizes, seeds, scales)
+def test_ablation_is_idempotent(size: tuple[int, int, int], seed: int, scale: float) -> None:
+    rows, tokens, d_model = size
+    x, u = scale * randn(rows, tokens, d_model, seed=seed), unit(randn(rows, d_model, seed=seed + 1))
+    once = ablate(x, u)
+    assert (ablate(once, u) - once).norm(dim=-1).max() < 1e-6 * size_of(x)
+
+
+@given(sizes, seeds)
+def test_ablation_leaves_the_orthogonal_complement_unchanged(size: tuple[int, int, int], seed: int) -> None:
+    rows, tokens, d_model = size
+    x, u = randn(rows, tokens, d_model, seed=seed), unit(randn(rows, d_model, seed=seed + 1))
+    complement = x - torch.einsum("rtd,rd->rt", x, u).unsqueeze(-1) * u.unsqueeze(1)
+    assert torch.allclose(ablate(complement, u), complement, atol=1e-6)
+    assert torch.allclose(ablate(x, u), complement, atol=1e-12)
+
+
+@given(sizes, seeds)
+def test_ablation_removes_the_direction_itself(size: tuple[int, int, int], seed: int) -> None:
+    """Control: what lies along the direction goes."""
+    rows, tokens, d_model = size
+    r = randn(rows, d_model, seed=seed)
+    x = r.unsqueeze(1).expand(rows, tokens, d_model).contiguous()
+    assert size_of(ablate(x, unit(r))) < 1e-6 * size_of(x) + 1e-7
+    assert size_of(x) > 0
+
+
+@given(sizes, seeds)
+def test_flattened_rows_equal_unflattened_ones(size: tuple[int, int, int], seed: int) -> None:
+    rows, tokens, d_model = size
+    x, u = randn(rows, tokens, d_model, seed=seed), unit(randn(rows, d_model, seed=seed + 1))
+    flattened = ablate(x.flatten(0, 1), u)
+    assert flattened.shape == (rows * tokens, d_model)
+    assert torch.equal(flattened, ablate(x, u).flatten(0, 1))
+
+
+@given(sizes, seeds)
+def test_one_direction_for_all_is_each_row_having_it(size: tuple[int, int, int], seed: int) -> None:
+    rows, tokens, d_model = size
+    x, u = randn(rows, tokens, d_model, seed=seed), unit(randn(d_model, seed=seed + 1))
+    assert torch.allclose(ablate(x, u), ablate(x, u.expand(rows, d_model)), atol=1e-12)
+
+
+@given(sizes, seeds)
+def test_each_row_loses_its_own_direction_only(size: tuple[int, int, int], seed: int) -> None:
+    rows, tokens, d_model = size
+    x, u = randn(rows, tokens, d_model, seed=seed), unit(randn(rows, d_model, seed=seed + 1))
+    together = ablate(x, u)
+    for row in range(rows):
+        assert torch.allclose(together[row], ablate(x[row], u[row]), atol=1e-12)
+
+
+def test_rows_that_are_not_contiguous_are_ablated_alike() -> None:
+    x, u = randn(4, 6, 8, seed=0), unit(randn(6, 8, seed=1))
+    assert torch.equal(ablate(x.transpose(0, 1), u), ablate(x.transpose(0, 1).contiguous(), u))
+
+
+def test_directions_that_do_not_match_the_rows_are_refused() -> None:
+    """Three rows of four tokens are not two rows of six."""
+    with pytest.raises((ValueError, RuntimeError)):
+        ablate(randn(3, 4, 8, seed=0), unit(randn(2, 8, seed=1)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_unit_of_zero_is_zero_in_every_dtype(dtype: torch.dtype) -> None:
+    assert torch.equal(unit(torch.zeros(3, 8, dtype=dtype)), torch.zeros(3, 8, dtype=dtype))
+
+
+@given(st.integers(1, 40), seeds, st.sampled_from([1e-2, 1.0, 1e4]))
+def test_unit_has_unit_length_and_the_same_direction(d_model: int, seed: int, scale: float) -> None:
+    r = randn(3, d_model, seed=seed)
+    r = scale * r / r.norm(dim=-1, keepdim=True)
+    u = unit(r)
+    assert torch.allclose(u.norm(dim=-1), torch.ones(3, dtype=torch.float64), atol=2e-6)
+    assert torch.allclose(u * r.norm(dim=-1, keepdim=True), r, rtol=2e-6, atol=0)
+    assert torch.allclose(unit(-r), -u)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_unit_and_ablation_keep_the_dtype(dtype: torch.dtype) -> None:
+    r = randn(3, 8, seed=0).to(dtype)
+    assert unit(r).dtype == dtype
+    assert ablate(randn(3, 4, 8, seed=1).to(dtype), unit(r)).dtype == dtype
+
+
+def test_ablation_of_a_null_direction_is_invisible() -> None:
+    r = randn(1, 8, seed=0)
+    r = 0.999 * NULL_NORM * r / r.norm()
+    x = randn(1, 5, 8, seed=1)
+    assert torch.allclose(ablate(x, unit(r)), x, rtol=1e-7, atol=1e-7)
+
+
+@given(st.integers(1, 9), st.integers(1, 9), seeds, st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
+def test_mean_difference_is_that_of_numpy_in_float64(m: int, n: int, seed: int, dtype: torch.dtype) -> None:
+    harmful = (100 + randn(m, 2, 3, 4, seed=seed)).to(dtype)
+    harmless = (100 + randn(n, 2, 3, 4, seed=seed + 1)).to(dtype)
+    expected = np.mean(harmful.double().numpy(), axis=0) - np.mean(harmless.double().numpy(), axis=0)
+    found = mean_difference(harmful, harmless)
+    assert found.dtype == torch.float64
+    np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-12)
+
+
+def test_mean_difference_does_not_round_as_float32_does() -> None:
+    """Control of the accumulation in float64: it matters."""
+    harmful = (1e4 + randn(2000, 4, seed=0)).float()
+    harmless = (1e4 + randn(2000, 4, seed=1)).float()
+    exact = np.mean(harmful.double().numpy(), axis=0) - np.mean(harmless.double().numpy(), axis=0)
+    assert np.abs(mean_difference(harmful, harmless).numpy() - exact).max() < 1e-10
+    assert np.abs((harmful.mean(0) - harmless.mean(0)).numpy() - exact).max() > 1e-6
+
+
+@given(st.integers(1, 6), seeds)
+def test_mean_difference_is_antisymmetric_and_ignores_what_is_common(n: int, seed: int) -> None:
+    harmful, harmless = randn(n, 5, seed=seed), randn(n + 1, 5, seed=seed + 1)
+    shift = randn(5, seed=seed + 2)
+    r = mean_difference(harmful, harmless)
+    assert torch.allclose(mean_difference(harmless, harmful), -r)
+    assert torch.allclose(mean_difference(harmful + shift, harmless + shift), r, atol=1e-12)
+    assert torch.allclose(mean_difference(harmful + shift, harmless), r + shift, atol=1e-12)
+
+
+def test_no_argument_is_changed() -> None:
+    x, r, harmless = randn(3, 4, 8, seed=0), randn(3, 8, seed=1), randn(5, 4, 8, seed=2)
+    copies = x.clone(), r.clone(), harmless.clone()
+    u = unit(r)
+    ablate(x, u)
+    ablate(x, u[0])
+    ablate(x.flatten(0, 1), u)
+    mean_difference(x, harmless)
+    assert all(torch.equal(one, copy) for one, copy in zip((x, r, harmless), copies, strict=True))
+
+
+def test_float32_is_the_most_precise_on_mps_only() -> None:
+    assert precise("mps") == torch.float32
+    assert precise("cpu") == precise(torch.device("cuda", 0)) == torch.float64

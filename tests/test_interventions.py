@@ -1,0 +1,246 @@
+"""`ablated` and `steered`: what they do to a running model, and that they leave nothing behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from refusal_direction.engine.interventions import ablated, steered
+from tests.families import D_MODEL, FAMILIES, N_LAYERS, build, layers_of
+from tests.oracles import reference, stream
+from tests.problems import known
+
+TOLERANCE = 2e-5
+some_families = pytest.mark.parametrize("name", ["llama", "gemma2", "falcon", "opt"])
+PROMPTS = torch.randint(12, 160, (3, 8), generator=torch.Generator().manual_seed(4))
+
+
+def direction(seed: int = 0, rows: int | None = None) -> Tensor:
+    shape = (D_MODEL,) if rows is None else (rows, D_MODEL)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, ids: Tensor = PROMPTS) -> Tensor:
+    return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+
+
+def same(some: Tensor, others: Tensor) -> bool:
+    return bool((some - others).abs().max() < TOLERANCE * others.abs().max())
+
+
+@some_families
+def test_ablated_is_the_reference_ablation(name: str) -> None:
+    model, r = build(FAMILIES[name]), direction()
+    plain = logits(model)
+    with reference.ablated(known(model, FAMILIES[name]), r):
+        expected = logits(model)
+    with ablated(model, r):
+        assert same(logits(model), expected)
+    assert not same(plain, expected)
+
+
+@some_families
+def test_ablating_twice_is_ablating_once(name: str) -> None:
+    model, r = build(FAMILIES[name]), direction()
+    with ablated(model, r):
+        once = logits(model)
+        with ablated(model, r):
+            assert same(logits(model), once)
+
+
+@some_families
+@pytest.mark.parametrize("factor", [-1.0, 5.0, 0.01])
+def test_ablation_depends_on_the_line_only(name: str, factor: float) -> None:
+    model, r = build(FAMILIES[name]), direction()
+    with ablated(model, r):
+        expected = logits(model)
+    with ablated(model, factor * r):
+        assert same(logits(model), expected)
+
+
+@some_families
+def test_ablating_a_zero_direction_changes_nothing(name: str) -> None:
+    model = build(FAMILIES[name])
+    with ablated(model, torch.zeros(D_MODEL)):
+        assert same(logits(model), plain := logits(model))
+    assert same(plain, logits(model))
+
+
+@some_families
+def test_row_with_its_own_direction_is_as_when_alone(name: str) -> None:
+    model, r = build(FAMILIES[name]), direction(rows=3)
+    with ablated(model, r):
+        together = logits(model)
+    with steered(model, r, layer=2):
+        steered_together = logits(model)
+    for row in range(3):
+        with ablated(model, r[row]):
+            assert same(together[row], logits(model, PROMPTS[row : row + 1])[0])
+        with steered(model, r[row], layer=2):
+            assert same(steered_together[row], logits(model, PROMPTS[row : row + 1])[0])
+
+
+@some_families
+@pytest.mark.parametrize("layer", range(N_LAYERS))
+def test_steered_adds_the_direction_to_the_input_of_its_layer_only(name: str, layer: int) -> None:
+    model, r = build(FAMILIES[name]), direction()
+    plain = _inputs(model, layers_of(model, FAMILIES[name]))
+    with steered(model, r, layer=layer, coefficient=-1.5):
+        changed = _inputs(model, layers_of(model, FAMILIES[name]))
+    for below in range(layer):
+        assert torch.equal(changed[below], plain[below])
+    assert torch.allclose(changed[layer], plain[layer] - 1.5 * r, atol=1e-6)
+
+
+def _inputs(model: PreTrainedModel, layers: nn.ModuleList) -> list[Tensor]:
+    """The stream at the input of each layer, after whatever is done to it there."""
+    with stream.followed(layers, torch.ones(D_MODEL)):
+        seen: list[Tensor] = []
+        following = [layer.forward for layer in layers]
+        for layer, forward in zip(layers, following, strict=True):
+
+            def keeping(*args: object, forward: Callable[..., object] = forward, **kwargs: object) -> object:
+                hidden = args[0] if args else kwargs["hidden_states"]
+                assert isinstance(hidden, Tensor)
+                seen.append(hidden.clone())
+                return forward(*args, **kwargs)
+
+            layer.forward = keeping  # type: ignore[method-assign]
+        logits(model)
+    return seen
+
+
+@some_families
+def test_steering_forth_and_back_changes_nothing(name: str) -> None:
+    model, r = build(FAMILIES[name]), direction()
+    plain = logits(model)
+    with steered(model, r, layer=1), steered(model, r, layer=1, coefficient=-1):
+        assert same(logits(model), plain)
+    with steered(model, r, layer=1):
+        assert not same(logits(model), plain)
+
+
+@some_families
+def test_generation_under_ablation_is_a_loop_of_ablated_forwards(name: str) -> None:
+    """One token at a time, with a cache of keys and values, every new token is ablated too."""
+    model, r = build(FAMILIES[name]), direction(rows=3)
+    with ablated(model, r):
+        ids = PROMPTS
+        for _ in range(5):
+            ids = torch.cat([ids, logits(model, ids)[:, -1:].argmax(-1)], dim=1)
+        made = model.generate(
+            input_ids=PROMPTS,
+            attention_mask=torch.ones_like(PROMPTS),
+            max_new_tokens=5,
+            min_new_tokens=5,
+            do_sample=False,
+            eos_token_id=None,
+        )
+    assert torch.equal(made, ids)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "olmo2", "glm4"])
+def test_bfloat16_leaves_rounding_only(name: str) -> None:
+    family, r = FAMILIES[name], direction()
+    model = build(family, dtype=torch.bfloat16)
+    with ablated(model, r), stream.followed(layers_of(model, family), r) as leaks:
+        logits(model)
+    assert leaks.worst < 4 * torch.finfo(torch.bfloat16).eps
+    with stream.followed(layers_of(model, family), r) as control:
+        logits(model)
+    assert control.worst > 10 * leaks.worst
+
+
+@contextmanager
+def _ablating(model: PreTrainedModel) -> Iterator[None]:
+    with ablated(model, direction()):
+        yield
+
+
+@contextmanager
+def _steering(model: PreTrainedModel) -> Iterator[None]:
+    with steered(model, direction(), layer=1):
+        yield
+
+
+Context = Callable[[PreTrainedModel], AbstractContextManager[None]]
+both = pytest.mark.parametrize("context", [_ablating, _steering])
+
+
+def _hooks(model: PreTrainedModel) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+@both
+def test_model_is_itself_again_after_the_context(context: Context) -> None:
+    model = build(FAMILIES["gemma2"])
+    plain, weights = logits(model), {name: weight.clone() for name, weight in model.state_dict().items()}
+    with context(model):
+        assert _hooks(model) > 0
+        assert not same(logits(model), plain)
+    assert _hooks(model) == 0
+    assert torch.equal(logits(model), plain)
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
+
+
+@both
+def test_model_is_itself_again_after_a_failure_in_the_context(context: Context) -> None:
+    model = build(FAMILIES["gemma2"])
+    plain = logits(model)
+    with pytest.raises(KeyboardInterrupt), context(model):
+        raise KeyboardInterrupt
+    assert _hooks(model) == 0
+    assert torch.equal(logits(model), plain)
+
+
+@both
+def test_contexts_change_only_the_model_they_are_given(context: Context) -> None:
+    model, other = build(FAMILIES["llama"]), build(FAMILIES["llama"])
+    plain = logits(other)
+    with context(model):
+        assert torch.equal(logits(other), plain)
+
+
+def test_direction_is_not_changed() -> None:
+    model, r = build(FAMILIES["llama"]), direction(rows=3)
+    before = r.clone()
+    with ablated(model, r), steered(model, r, layer=0, coefficient=3.0):
+        logits(model)
+    assert torch.equal(r, before)
+
+
+def test_layer_that_the_model_has_not_is_an_index_error() -> None:
+    model = build(FAMILIES["llama"])
+    with pytest.raises(IndexError), steered(model, direction(), layer=N_LAYERS):
+        pass
+    assert _hooks(model) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_direction_may_have_any_dtype(dtype: torch.dtype) -> None:
+    model, r = build(FAMILIES["llama"]), torch.ones(D_MODEL)  # exact in every dtype
+    with ablated(model, r):
+        expected = logits(model)
+    with ablated(model, r.to(dtype)):
+        changed = logits(model)
+    assert changed.dtype == torch.float32
+    assert (changed - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_zero_direction_in_half_precision_changes_nothing() -> None:
+    model = build(FAMILIES["llama"])
+    plain = logits(model)
+    with ablated(model, torch.zeros(D_MODEL, dtype=torch.float16)):
+        assert same(logits(model), plain)
+
+
+def test_directions_for_another_number_of_rows_are_refused() -> None:
+    model = build(FAMILIES["llama"])
+    with pytest.raises((ValueError, RuntimeError)), ablated(model, direction(rows=2)):
+        logits(model, PROMPTS[:, :6])  # 3 rows of 6 tokens are not 2 rows of 9

@@ -1,0 +1,107 @@
+"""Loading models: devices, dtypes, and what the Hub says when it says no."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from transformers import AutoConfig, AutoTokenizer
+
+from refusal_direction import demo, load_chat_model
+from refusal_direction.config import ModelSource
+from refusal_direction.errors import ConfigurationError, ModelAccessError, TokenizerError
+from refusal_direction.models import loading
+
+
+def refusing(kind: type[Exception]):
+    """The way transformers passes on what the Hub says."""
+
+    def from_pretrained(*args: object, **kwargs: object) -> None:
+        raise OSError("You are trying to access something.") from kind.__new__(kind)
+
+    return from_pretrained
+
+
+def test_a_gated_model_says_how_to_get_access(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(AutoConfig, "from_pretrained", refusing(GatedRepoError))
+    with pytest.raises(
+        ModelAccessError, match=r"Accept its licence on .*google/gemma-7b-it.*HF_TOKEN.*--model_id demo"
+    ):
+        load_chat_model("google/gemma-7b-it")
+
+
+def test_an_unknown_model_id_says_so(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(AutoConfig, "from_pretrained", refusing(RepositoryNotFoundError))
+    with pytest.raises(ModelAccessError, match=r"neither a folder here nor a model on the Hub.*Check the spelling"):
+        load_chat_model("gogle/gemma-7b-it")
+
+
+def test_an_id_that_cannot_be_one_says_so():
+    with pytest.raises(ModelAccessError, match="neither a folder here nor a model on the Hub"):
+        load_chat_model("not an id!")
+
+
+def test_no_network_and_nothing_cached_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ModelAccessError, match=r"not in its local cache.*Check the network"):
+        load_chat_model("nobody/nothing-that-exists")
+
+
+def test_a_folder_without_a_model_says_what_is_needed(tmp_path: Path):
+    with pytest.raises(ModelAccessError, match=r"A model folder needs config\.json"):
+        load_chat_model(str(tmp_path))
+
+
+def test_a_model_that_writes_no_text_is_refused(tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    AutoTokenizer.from_pretrained(demo.MODEL_DIR).save_pretrained(tmp_path)
+    with pytest.raises(ModelAccessError, match="does not know as a causal language model"):
+        load_chat_model(str(tmp_path))
+
+
+def test_a_folder_without_tokenizer_files_is_found_out(tmp_path: Path):
+    for name in ("config.json", "model.safetensors", "generation_config.json"):
+        (tmp_path / name).write_bytes((demo.MODEL_DIR / name).read_bytes())
+    with pytest.raises((TokenizerError, ModelAccessError), match="tokenizer"):
+        load_chat_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        (ModelSource("demo", dtype="float8"), "--dtype float8 is not known"),
+        (ModelSource("demo", device="toaster"), "--device toaster is no device"),
+        (ModelSource("demo", chat_template="nowhere.jinja"), "--chat_template nowhere.jinja: neither"),
+    ],
+)
+def test_a_setting_that_makes_no_sense_is_explained(source: ModelSource, said: str):
+    with pytest.raises(ConfigurationError, match=said):
+        load_chat_model(source)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device that the test misses")
+def test_a_device_that_is_not_there_is_explained():
+    with pytest.raises(ConfigurationError, match="this machine .* has none"):
+        load_chat_model(ModelSource("demo", device="cuda"))
+
+
+def test_a_cpu_computes_in_float32_where_it_fits_and_in_bfloat16_where_not(monkeypatch: pytest.MonkeyPatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(loading, "free_bytes", lambda device: 16 << 30)
+    assert loading._dtype("auto", cpu, 1_000_000_000) is torch.float32
+    assert loading._dtype("auto", cpu, 8_500_000_000) is torch.bfloat16
+
+
+def test_a_model_larger_than_memory_is_spread_over_all_there_is(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(loading, "free_bytes", lambda device: 16 << 30)
+    cpu = torch.device("cpu")
+    assert loading._placement("auto", cpu, 10 << 30) == {"device_map": {"": cpu}}
+    assert loading._placement("auto", cpu, 17 << 30)["device_map"] == "auto"
+
+
+def test_a_template_file_is_read(tmp_path: Path):
+    path = tmp_path / "template.jinja"
+    path.write_text("{{ messages[0]['content'] }} ->")
+    assert load_chat_model(ModelSource("demo", chat_template=str(path))).render("Hello") == "Hello ->"

@@ -1,0 +1,124 @@
+"""Theorems about what is read off the logits."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from refusal_direction.metrics import kl_divergence, refusal_mass, refusal_score
+
+LEAST_SCORE = math.log(1e-8) - math.log(1 + 1e-8)  # -18.42
+seeds = st.integers(0, 2**31 - 1)
+scales = st.sampled_from([0.01, 1.0, 10.0, 1000.0])
+
+
+@st.composite
+def logits(draw: st.DrawFn, rows: int = 3) -> Tensor:
+    """Random logits, from nearly uniform to nearly certain."""
+    vocab, seed, scale = draw(st.integers(3, 300)), draw(seeds), draw(scales)
+    return scale * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed))
+
+
+def softmax(values: Tensor) -> np.ndarray:
+    exponentials = np.exp(values.double().numpy() - values.double().numpy().max(axis=-1, keepdims=True))
+    return exponentials / exponentials.sum(axis=-1, keepdims=True)
+
+
+@given(logits())
+def test_refusal_score_is_its_formula(values: Tensor) -> None:
+    p = softmax(values)[:, [0, 2]].sum(-1)
+    expected = np.log(p + 1e-8) - np.log(1 - p + 1e-8)
+    np.testing.assert_allclose(refusal_score(values, (0, 2)).numpy(), expected, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(refusal_mass(values, (0, 2)).numpy(), p, rtol=1e-12, atol=1e-300)
+
+
+@given(logits())
+def test_refusal_score_keeps_within_its_bounds(values: Tensor) -> None:
+    score = refusal_score(values, (0, 1))
+    assert (score >= LEAST_SCORE - 1e-6).all()
+    assert (score <= -LEAST_SCORE + 1e-6).all()
+
+
+@pytest.mark.parametrize(("certain", "bound"), [(0, -LEAST_SCORE), (2, LEAST_SCORE)])
+def test_bounds_of_the_refusal_score_are_reached(certain: int, bound: float) -> None:
+    values = torch.full((1, 4), -1e4)
+    values[0, certain] = 1e4
+    assert refusal_score(values, (0, 1)).item() == pytest.approx(bound, abs=1e-9)
+    assert abs(bound) == pytest.approx(18.42, abs=0.001)
+
+
+@given(logits())
+def test_refusal_score_of_half_is_zero_and_is_positive_above(values: Tensor) -> None:
+    p, score = refusal_mass(values, (0,)), refusal_score(values, (0,))
+    assert torch.equal(score > 0, p > 0.5)
+    even = torch.tensor([[1.0, 1.0, -1e5]])
+    assert refusal_score(even, (0,)).item() == pytest.approx(0, abs=1e-12)
+
+
+@given(logits(), st.floats(-50, 50))
+def test_scores_ignore_a_shift_of_all_logits(values: Tensor, shift: float) -> None:
+    values = values.double()
+    assert torch.allclose(refusal_score(values + shift, (0, 2)), refusal_score(values, (0, 2)), atol=1e-6)
+    assert torch.allclose(kl_divergence(values, values + shift), torch.zeros(3, dtype=torch.float64), atol=1e-9)
+
+
+@given(logits())
+def test_refusal_score_rises_with_the_logit_of_a_refusal_token(values: Tensor) -> None:
+    raised = values.clone()
+    raised[:, 1] += 1
+    assert (refusal_score(raised, (1,)) >= refusal_score(values, (1,)) - 1e-12).all()
+
+
+@given(logits())
+def test_kl_divergence_of_a_distribution_to_itself_is_zero(values: Tensor) -> None:
+    assert torch.equal(kl_divergence(values, values), torch.zeros(3, dtype=torch.float64))
+
+
+@given(logits(), seeds, scales)
+def test_kl_divergence_keeps_within_its_bounds(p: Tensor, seed: int, scale: float) -> None:
+    """Below 0 by less than log(1 + vocab * 1e-6), since 1e-6 is added; above by at most log(1 + 1e-6) - log(1e-6)."""
+    q = scale * torch.randn(p.shape, generator=torch.Generator().manual_seed(seed))
+    kl = kl_divergence(p, q)
+    assert (kl >= -math.log(1 + p.shape[-1] * 1e-6) - 1e-12).all()
+    assert (kl <= math.log(1 + 1e-6) - math.log(1e-6) + 1e-9).all()
+
+
+@given(logits(), seeds)
+def test_kl_divergence_is_its_formula(p: Tensor, seed: int) -> None:
+    q = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed))
+    of_p, of_q = softmax(p), softmax(q)
+    expected = (of_p * (np.log(of_p + 1e-6) - np.log(of_q + 1e-6))).sum(-1)
+    np.testing.assert_allclose(kl_divergence(p, q).numpy(), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_kl_divergence_is_not_symmetric() -> None:
+    """Control: which of the two is the baseline matters."""
+    p, q = torch.tensor([[4.0, 0.0, 0.0]]), torch.tensor([[0.0, 0.0, 1.0]])
+    assert abs(float(kl_divergence(p, q) - kl_divergence(q, p))) > 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_scores_are_computed_in_float64_whatever_the_logits(dtype: torch.dtype) -> None:
+    values = (3 * torch.randn(4, 50)).to(dtype)
+    other = (3 * torch.randn(4, 50)).to(dtype)
+    for found, exact in (
+        (refusal_score(values, (3, 4)), refusal_score(values.double(), (3, 4))),
+        (refusal_mass(values, (3, 4)), refusal_mass(values.double(), (3, 4))),
+        (kl_divergence(values, other), kl_divergence(values.double(), other.double())),
+    ):
+        assert found.dtype == torch.float64
+        assert torch.equal(found, exact)
+
+
+def test_no_argument_is_changed() -> None:
+    p, q = torch.randn(3, 20), torch.randn(3, 20)
+    copies = p.clone(), q.clone()
+    _ = refusal_mass(p, (1,)), refusal_score(p, (1,)), kl_divergence(p, q)
+    assert torch.equal(p, copies[0])
+    assert torch.equal(q, copies[1])

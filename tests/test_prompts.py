@@ -1,0 +1,178 @@
+"""Prompts: files of every kind, the published splits, and the draws."""
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from refusal_direction.config import PromptSource
+from refusal_direction.errors import ConfigurationError, DownloadError, PromptFileError, TooFewPromptsError
+from refusal_direction.prompts import gather, published, read_prompts
+from refusal_direction.prompts.sets import Prompt, sample_pools, sample_splits
+
+CONTENTS = {
+    ".json": '[{"instruction": "Bake bread", "category": null}, {"instruction": "Paint a wall"}]',
+    ".jsonl": '{"instruction": "Bake bread"}\n\n{"instruction": "Paint a wall"}\n',
+    ".csv": "category,instruction\nfood,Bake bread\nhome,Paint a wall\n",
+    ".txt": "Bake bread\n\n  Paint a wall  \n",
+}
+
+
+def pool(name: str, count: int) -> list[Prompt]:
+    return [Prompt(f"{name}/{index}", f"{name} {index}") for index in range(count)]
+
+
+@pytest.mark.parametrize("suffix", CONTENTS)
+def test_every_kind_of_file_gives_its_prompts_in_order(tmp_path: Path, suffix: str):
+    path = tmp_path / f"mine{suffix}"
+    path.write_text(CONTENTS[suffix])
+    prompts = read_prompts(path)
+    assert [prompt.text for prompt in prompts] == ["Bake bread", "Paint a wall"]
+    assert [prompt.id for prompt in prompts] == ["mine/0", "mine/1"]
+
+
+def test_a_json_list_of_strings_is_a_list_of_prompts(tmp_path: Path):
+    path = tmp_path / "mine.json"
+    path.write_text('["Bake bread"]')
+    assert read_prompts(path)[0].text == "Bake bread"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.json", "", "holds no prompts"),
+        ("a.json", "[]", "holds no prompts"),
+        ("a.json", '{"instruction": "x"}', "is a JSON dict"),
+        ("a.json", '["x",\n oops]', "line 2 is not valid JSON"),
+        ("a.json", '[{"instruction": "x"}, {"text_": "y"}]', "entry 1 has no 'instruction'"),
+        ("a.jsonl", '{"instruction": "x"}\n{"instruction"\n', "line 2 is not valid JSON"),
+        ("a.jsonl", '{"instruction": "x"}\n\n{"category": "y"}\n', "line 3 has no 'instruction'"),
+        ("a.jsonl", '{"instruction": 7}\n', "line 1 is empty or not text"),
+        ("a.csv", "question\nx\n", "line 2 has no 'instruction'"),
+        ("a.csv", "instruction,n\nx,1\n,2\n", "line 3 is empty"),
+        ("a.txt", "\n \n", "holds no prompts"),
+        ("a.parquet", "x", "prompt files end in"),
+    ],
+)
+def test_a_malformed_file_is_named_with_its_line(tmp_path: Path, name: str, content: str, said: str):
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(PromptFileError, match=said) as caught:
+        read_prompts(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_file_and_one_that_is_not_text_are_said_to_be_so(tmp_path: Path):
+    with pytest.raises(PromptFileError, match="no such file"):
+        read_prompts(tmp_path / "none.txt")
+    (tmp_path / "image.txt").write_bytes(b"\xff\xfe\x00\xd8")
+    with pytest.raises(PromptFileError, match="cannot be read as UTF-8"):
+        read_prompts(tmp_path / "image.txt")
+
+
+def test_the_draws_are_those_of_the_published_runs():
+    names = ("harmful_train", "harmless_train", "harmful_val", "harmless_val")
+    splits = {name: pool(name, 50 + index) for index, name in enumerate(names)}
+    rng = Random(42)
+    expected = {name: rng.sample(splits[name], 20 if "train" in name else 7) for name in names}
+    drawn = sample_splits(splits, n_train=20, n_val=7, seed=42)
+    for name in names:
+        assert list(getattr(drawn, name)) == expected[name]
+
+
+def test_train_and_validation_from_one_pool_do_not_overlap():
+    sets = sample_pools(pool("harmful", 12), pool("harmless", 15), n_train=8, n_val=4, seed=0)
+    for kind in ("harmful", "harmless"):
+        train, val = (set(getattr(sets, f"{kind}_{part}")) for part in ("train", "val"))
+        assert (len(train), len(val), train & val) == (8, 4, set())
+
+
+def test_a_text_that_is_repeated_counts_once():
+    repeated = [Prompt(str(index), "same") for index in range(20)]
+    with pytest.raises(TooFewPromptsError, match="has 1 prompts, but 12 were asked for"):
+        sample_pools(repeated, pool("harmless", 20), n_train=8, n_val=4, seed=0)
+
+
+def test_too_few_prompts_name_the_set_and_the_flag():
+    splits = {name: pool(name, 5) for name in ("harmful_train", "harmless_train", "harmful_val", "harmless_val")}
+    with pytest.raises(TooFewPromptsError, match="harmful_val has 5 prompts, but 6 were asked for.*--n_val"):
+        sample_splits(splits, n_train=5, n_val=6, seed=0)
+
+
+def test_indices_cover_everything_in_order():
+    sets = sample_pools(pool("harmful", 9), pool("harmless", 9), n_train=6, n_val=3, seed=0)
+    for name, places in sets.indices().items():
+        assert tuple(sets.everything[place] for place in places) == getattr(sets, name)
+    assert sorted(place for places in sets.indices().values() for place in places) == list(range(18))
+
+
+def test_one_own_file_alone_is_refused(tmp_path: Path):
+    with pytest.raises(ConfigurationError, match="go together"):
+        gather(PromptSource(harmful=tmp_path / "harmful.txt"), "demo")
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder served over HTTP in place of the published repository, holding one verified split."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    content = json.dumps([{"instruction": f"Request {index}", "category": None} for index in range(3)]).encode()
+    (folder / "harmful_train.json").write_bytes(content)
+    monkeypatch.setattr(published, "SHA256", {"harmful_train": hashlib.sha256(content).hexdigest()})
+    monkeypatch.setattr(published, "_PAUSE", 0.0)
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *args: object) -> None:
+            pass
+
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    monkeypatch.setattr(published, "BASE_URL", f"http://127.0.0.1:{httpd.server_port}")
+    yield folder
+    httpd.shutdown()
+    httpd.server_close()
+
+
+def test_a_split_is_downloaded_once_and_used_offline_after(server: Path, tmp_path: Path):
+    data = tmp_path / "data"
+    first = published.published_splits(data)
+    (server / "harmful_train.json").unlink()
+    assert published.published_splits(data) == first
+    assert [prompt.text for prompt in first["harmful_train"]] == ["Request 0", "Request 1", "Request 2"]
+    assert [path.name for path in data.iterdir()] == ["harmful_train.json"]
+
+
+def test_a_download_whose_hash_differs_is_refused_and_nothing_is_kept(server: Path, tmp_path: Path):
+    (server / "harmful_train.json").write_text("[]")
+    with pytest.raises(DownloadError, match="SHA-256 differs"):
+        published.published_splits(tmp_path / "data")
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_a_split_that_was_changed_by_hand_is_refused(server: Path, tmp_path: Path):
+    data = tmp_path / "data"
+    published.published_splits(data)
+    (data / "harmful_train.json").write_text("[]")
+    with pytest.raises(DownloadError, match="is not the published split"):
+        published.published_splits(data)
+
+
+def test_a_download_that_fails_is_tried_again_then_explained(
+    server: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    (server / "harmful_train.json").unlink()
+    with pytest.raises(DownloadError, match=r"could not be downloaded.*404.*--model_id demo"):
+        published.published_splits(tmp_path / "data")
+    assert len(caplog.records) == published._TRIES - 1
+
+
+def test_a_data_folder_that_cannot_be_made_is_an_error(server: Path, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DownloadError, match="Choose another --data_dir"):
+        published.published_splits(tmp_path / "file" / "data")

@@ -1,0 +1,165 @@
+"""The structural search finds the writes that a person reads in each family's source, and refuses to guess."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from refusal_direction.engine.interventions import ResidualStream
+from refusal_direction.errors import UnsupportedModelError
+from refusal_direction.models.layers import find_layers
+from refusal_direction.models.writes import WriteSite, find_writes
+from tests.families import D_MODEL, FAMILIES, N_LAYERS, SHARING_FAMILY, Family, build, layers_of
+
+all_families = pytest.mark.parametrize("family", [*FAMILIES.values(), SHARING_FAMILY], ids=[*FAMILIES, "gemma4"])
+HIDDEN = torch.randn(2, 6, D_MODEL, generator=torch.Generator().manual_seed(0))
+
+
+def _found(family: Family, dtype: torch.dtype = torch.float32) -> list[tuple[str, ...]]:
+    stream = ResidualStream(build(family, dtype=dtype))
+    return [tuple(site.module for site in writes) for writes in stream.writes]
+
+
+@all_families
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_finder_returns_the_hand_written_truth(family: Family, dtype: torch.dtype) -> None:
+    """Where the last submodule of the truth hands its output on unchanged, the finder may name that one."""
+    found = _found(family, dtype)
+    assert len(found) == N_LAYERS
+    for writes in found:
+        assert len(writes) == len(family.writes)
+        for name, truth in zip(writes, family.writes, strict=True):
+            assert name == truth or name.startswith(f"{truth}.")
+
+
+@all_families
+def test_what_is_found_puts_out_what_the_truth_puts_out(family: Family) -> None:
+    model = build(family)
+    found = _found(family)
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> object:
+        def hook(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
+            output = output[0] if isinstance(output, tuple) else output
+            outputs[name] = output.detach().clone().flatten(0, -2)  # before Falcon adds into it
+
+        return hook
+
+    with ExitStack() as hooks, torch.no_grad():
+        for index, layer in enumerate(layers_of(model, family)):
+            for name in {*found[index], *family.writes}:
+                hooks.callback(layer.get_submodule(name).register_forward_hook(keep(f"{index}.{name}")).remove)
+        model(torch.arange(12, 24).view(2, 6), use_cache=False)
+    for index, writes in enumerate(found):
+        for name, truth in zip(writes, family.writes, strict=True):
+            assert torch.equal(outputs[f"{index}.{name}"], outputs[f"{index}.{truth}"])
+
+
+@all_families
+def test_layers_are_found_by_structure(family: Family) -> None:
+    model = build(family)
+    assert find_layers(model) is layers_of(model, family)
+
+
+class Layer(nn.Module):
+    """A residual layer with two writes, one of them scaled, and a reading norm whose name suggests a write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.Linear(D_MODEL, D_MODEL)
+        self.post_attention_layernorm = nn.LayerNorm(D_MODEL)
+        self.mlp = nn.Sequential(nn.Linear(D_MODEL, D_MODEL), nn.GELU(), nn.Linear(D_MODEL, D_MODEL))
+        self.norm = nn.LayerNorm(D_MODEL)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(x)
+        return 0.8 * (x + 0.3 * self.mlp(self.post_attention_layernorm(x)))
+
+
+class PostNormLayer(Layer):
+    """Normalises the stream itself, as BERT and the first transformer do: nothing is merely added."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + self.attention(x))
+
+
+class FunctionalLayer(Layer):
+    """What it adds is no submodule's output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.attention(x))
+
+
+class TupleModule(nn.Module):
+    """Puts out its write second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(D_MODEL, D_MODEL)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros(1), 2 * self.inner(x)
+
+
+class TupleLayer(Layer):
+    """Adds the second element of a submodule's output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both = TupleModule()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.both(x)[1].clamp(-9, 9)
+
+
+class GatedLayer(Layer):
+    """Adds a submodule's output times a learned gate for each coordinate: not a scalar multiple of any output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.linspace(0.1, 2, D_MODEL))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.gate * self.attention(x)
+
+
+class ReusingLayer(Layer):
+    """Adds the output of one submodule that it calls twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(x)
+        return x + self.attention(x)
+
+
+@torch.no_grad()
+def _writes(layer: nn.Module) -> tuple[WriteSite, ...]:
+    return find_writes(layer, layer, HIDDEN)
+
+
+def test_scaled_writes_and_a_scaled_stream_are_found() -> None:
+    assert [site.module for site in _writes(Layer())] == ["attention", "mlp.2"]
+
+
+@pytest.mark.parametrize("layer", [PostNormLayer, FunctionalLayer, GatedLayer, ReusingLayer])
+def test_layer_that_does_more_than_add_outputs_is_refused(layer: type[nn.Module]) -> None:
+    with pytest.raises(UnsupportedModelError, match="residual writes of .* were not found"):
+        _writes(layer())
+
+
+def test_write_in_a_tuple_is_found_with_its_place() -> None:
+    """TupleModule's second output is twice inner's, so either names the write; they are the same direction."""
+    (site,) = _writes(TupleLayer())
+    assert site in (WriteSite("both", 1), WriteSite("both.inner"))
+
+
+def test_finder_leaves_the_layer_and_its_input_as_they_were() -> None:
+    layer, before = Layer(), HIDDEN.clone()
+    _writes(layer)
+    assert torch.equal(HIDDEN, before)
+    assert all(not module._forward_hooks for module in layer.modules())
+    with pytest.raises(UnsupportedModelError):
+        _writes(broken := PostNormLayer())
+    assert all(not module._forward_hooks for module in broken.modules())
