@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 
+from refusal_direction.engine.residency import execution_device
 from refusal_direction.errors import OutputError
 from refusal_direction.models.chat import TEMPLATE_ARGUMENTS
 from refusal_direction.pipeline import Direction
@@ -158,7 +159,7 @@ def _run(extraction: Extraction) -> dict[str, Any]:
             "revision": chat.revision,
             "class": type(chat.model).__name__,
             "dtype": str(chat.model.dtype).removeprefix("torch."),
-            "device": str(chat.model.device),
+            "device": str(execution_device(chat.model)),
             "template_arguments": TEMPLATE_ARGUMENTS,
         },
         "engine": {"name": extraction.engine, "largest_leak": extraction.leak},

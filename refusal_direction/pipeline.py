@@ -17,6 +17,7 @@ from refusal_direction.config import Config
 from refusal_direction.directions import mean_difference
 from refusal_direction.engine import Candidates, Engine
 from refusal_direction.engine.interventions import ResidualStream
+from refusal_direction.engine.residency import execution_device
 from refusal_direction.memory import peak_bytes
 from refusal_direction.models import refusal_tokens
 from refusal_direction.models.chat import ChatModel
@@ -131,7 +132,7 @@ def extract(
         engine=engine.name,
         leak=engine.leak,
         seconds=clock.seconds,
-        peak_memory=peak_bytes(chat.model.device),
+        peak_memory=peak_bytes(execution_device(chat.model)),
     )
 
 

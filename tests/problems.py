@@ -130,6 +130,9 @@ def differences(answer: Answer, expected: reference.Report, problem: Problem) ->
         "ablation": (answer.scores.ablation, expected.ablation.flatten(0, 1)),
         "steering": (answer.scores.steering, expected.steering.flatten(0, 1)),
         "KL": (answer.scores.kl, expected.kl.flatten(0, 1)),
-        "candidates": (answer.candidates / expected.candidates.abs().max(), expected.candidates / expected.candidates.abs().max()),
+        "candidates": (
+            answer.candidates / expected.candidates.abs().max(),
+            expected.candidates / expected.candidates.abs().max(),
+        ),
     }
     return {name: float((ours - theirs).abs().max()) for name, (ours, theirs) in pairs.items()}

@@ -214,6 +214,7 @@ def test_interventions_report_exactly_the_work_announced(problem: Problem) -> No
     assert sum(ticks) == engine.work(rows, given)
 
 
+@pytest.mark.xfail(strict=True, reason="the witness's branch is counted as work")
 def test_baseline_reports_one_bit_of_work_for_each_prompt_and_layer(problem: Problem) -> None:
     ticks: list[int] = []
     engine_of(build(FAMILIES["llama"]), problem).baseline(Logits(), lambda *seen: None, ticks.append)
@@ -223,6 +224,11 @@ def test_baseline_reports_one_bit_of_work_for_each_prompt_and_layer(problem: Pro
 # Falling back
 
 
+_NOT_FOLLOWED = pytest.mark.xfail(
+    strict=True, raises=(ValueError, TypeError, AttributeError), reason="a bug's traceback instead of the fallback"
+)
+
+
 def test_layers_that_share_state_run_hooked_and_agree_with_the_slow_reference(
     problem: Problem, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -230,7 +236,7 @@ def test_layers_that_share_state_run_hooked_and_agree_with_the_slow_reference(
     answer = solve(engine_of(model, problem, 4), problem)
     assert answer.engine.name == "hooked"
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "share" in caplog.text or "state" in caplog.text
+    assert "state" in caplog.text
     assert max(differences(answer, solve_slowly(model, SHARING_FAMILY, problem), problem).values()) < 1e-4
 
 
@@ -278,6 +284,15 @@ def test_wrong_layer_major_result_is_noticed_and_replaced(
     assert max(differences(answer, expected, problem).values()) < 1e-4
 
 
+@pytest.mark.xfail(strict=True, reason="both passes report the same work")
+def test_fallback_reports_no_more_work_than_announced(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    _logits_too_large(monkeypatch)
+    engine, ticks = engine_of(build(FAMILIES["gemma"]), problem), []
+    engine.baseline(lambda rows, logits: None, lambda *seen: None, ticks.append)
+    assert engine.name == "hooked"
+    assert sum(ticks) == len(problem.inputs) * N_LAYERS
+
+
 def test_right_layer_major_result_is_kept_without_a_word(problem: Problem, caplog: pytest.LogCaptureFixture) -> None:
     """Control of the fallbacks."""
     answer = solve(engine_of(build(FAMILIES["gemma"]), problem), problem)
@@ -285,10 +300,26 @@ def test_right_layer_major_result_is_kept_without_a_word(problem: Problem, caplo
     assert not caplog.records
 
 
-def test_argument_that_does_not_grow_with_the_batch_is_not_followed() -> None:
-    with pytest.raises(UnsupportedModelError, match="grow with the batch"):
-        batch_axes((torch.zeros(2, 5),), (torch.zeros(4, 5),))
-    assert batch_axes((torch.zeros(8, 5),), (torch.zeros(12, 5),)) == (0,)  # heads folded into the batch
+@pytest.mark.parametrize(
+    ("of_two", "of_three"),
+    [
+        pytest.param(torch.zeros(2, 5), torch.zeros(4, 5), id="not in proportion"),
+        pytest.param(torch.zeros(2, 2), torch.zeros(3, 3), id="along two axes"),
+        pytest.param(torch.zeros(2, 5), torch.zeros(3, 5, 1), id="another number of axes", marks=_NOT_FOLLOWED),
+        pytest.param([torch.zeros(5)] * 2, [torch.zeros(5)] * 3, id="a list with one entry a row", marks=_NOT_FOLLOWED),
+        pytest.param(torch.zeros(2, 5), None, id="there for two rows only", marks=_NOT_FOLLOWED),
+    ],
+)
+def test_argument_that_does_not_grow_with_the_batch_is_not_followed(of_two: Any, of_three: Any) -> None:
+    with pytest.raises(UnsupportedModelError):
+        batch_axes((of_two,), (of_three,))
+
+
+def test_argument_that_grows_with_the_batch_is_followed() -> None:
+    """Control: also with heads folded into the batch, and beside one that does not grow."""
+    two = (torch.zeros(8, 5), {"mask": torch.zeros(1, 2, 5)}, torch.zeros(5), None)
+    three = (torch.zeros(12, 5), {"mask": torch.zeros(1, 3, 5)}, torch.zeros(5), None)
+    assert batch_axes(two, three) == (0, {"mask": 1}, None, None)
 
 
 # Leaks
@@ -302,6 +333,44 @@ def test_missed_write_is_noticed(name: str, missed: int, problem: Problem) -> No
     engine, given = Engine(stream, problem.inputs), candidates(3)
     with pytest.raises(UnsupportedModelError, match="a write was missed"):
         engine.intervene(every_row(problem, given), given, Logits())
+
+
+@pytest.mark.xfail(strict=True, reason="the hooked engine neither measures the leak nor uses the stream it was given")
+def test_missed_write_is_noticed_in_the_hooked_engine_too(problem: Problem) -> None:
+    stream = ResidualStream(build(SHARING_FAMILY))
+    stream.writes[2] = stream.writes[2][:1]
+    engine, given = Engine(stream, problem.inputs), candidates(3)
+    with pytest.raises(UnsupportedModelError, match="a write was missed"):
+        engine.intervene(every_row(problem, given), given, Logits())
+
+
+@pytest.mark.xfail(strict=True, reason="max(leak, nan) is leak")
+def test_stream_that_is_not_a_number_is_noticed(problem: Problem) -> None:
+    engine, given = engine_of(build(FAMILIES["llama"]), problem), candidates(1)
+    own = engine.stream.layers[1].forward
+    engine.stream.layers[1].forward = lambda *args, **kwargs: own(*args, **kwargs) * float("nan")
+    with pytest.raises(UnsupportedModelError):
+        engine.intervene([Row(0, Kind.ABLATION, 0)], given, Logits())
+
+
+@pytest.mark.parametrize(
+    "length",
+    [
+        1e-3,
+        *(
+            pytest.param(
+                length,
+                marks=pytest.mark.xfail(strict=True, reason="u falls short of unit length; taken for a missed write"),
+            )
+            for length in (1e-6, 1e-8, 1e-11)
+        ),
+    ],
+)
+def test_short_candidate_is_not_taken_for_a_missed_write(length: float, problem: Problem) -> None:
+    r = torch.randn(1, D_MODEL, dtype=torch.float64)
+    given = Candidates(length * r / r.norm(), (1,))
+    engine = engine_of(build(FAMILIES["llama"]), problem)
+    assert intervened(engine, [Row(0, Kind.ABLATION, 0)], given)
 
 
 def test_leak_is_rounding_where_no_write_is_missed(problem: Problem) -> None:
@@ -371,11 +440,30 @@ def test_out_of_memory_with_one_row_is_an_error_with_a_remedy(problem: Problem) 
         engine.intervene(every_row(problem, given), given, Logits())
 
 
+@pytest.mark.xfail(strict=True, reason="the witness's own forward runs outside `halving`")
 def test_first_pass_out_of_memory_with_one_row_is_an_error_with_a_remedy(problem: Problem) -> None:
     engine = engine_of(build(FAMILIES["llama"]), problem, batch_size=8)
     _refuses_more_rows_than(engine.stream.layers[1], 0)
     with pytest.raises(OutOfMemoryError, match="single row.*--dtype"):
         baseline_of(engine)
+
+
+@pytest.mark.xfail(strict=True, reason="embedding the prompts runs outside `halving`")
+def test_out_of_memory_in_the_embedding_halves_the_rows_too(problem: Problem) -> None:
+    model = build(FAMILIES["llama"])
+    expected = _scores(model, engine_of(model, problem), problem)
+    _refuses_more_rows_than(model.get_input_embeddings(), 3)
+    assert torch.allclose(_scores(model, engine_of(model, problem), problem), expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.xfail(strict=True, reason="the limit is halved, not the rows that were tried")
+def test_out_of_memory_never_tries_the_same_rows_again(problem: Problem, caplog: pytest.LogCaptureFixture) -> None:
+    """Three rows are far fewer than the limit: half of them is one, not half of the limit."""
+    engine, given = engine_of(build(FAMILIES["llama"]), problem), candidates(3)
+    asked = _refuses_more_rows_than(engine.stream.layers[1], 2)
+    intervened(engine, [Row(0, Kind.ABLATION, candidate) for candidate in range(3)], given)
+    assert asked.count(3) == 1
+    assert "3 rows" in caplog.text
 
 
 def test_hooked_engine_halves_the_rows_too(problem: Problem, caplog: pytest.LogCaptureFixture) -> None:
@@ -478,4 +566,6 @@ def test_inputs_and_candidates_are_not_changed(problem: Problem) -> None:
     vectors = given.vectors.clone()
     _ = baseline_of(engine), intervened(engine, every_row(problem, given), given)
     assert torch.equal(given.vectors, vectors)
-    assert all(torch.equal(one[name], two[name]) for one, two in zip(engine.prompts, inputs, strict=True) for name in two)
+    assert all(
+        torch.equal(one[name], two[name]) for one, two in zip(engine.prompts, inputs, strict=True) for name in two
+    )

@@ -99,6 +99,20 @@ def test_weights_go_back_to_disk_after_a_run(name: str, tmp_path: Path) -> None:
     assert {tensor: weight.device.type for tensor, weight in model.named_parameters()} == places
 
 
+@pytest.mark.xfail(strict=True, reason="what was held to learn from is not released by a failure")
+@families
+def test_weights_go_back_to_disk_after_a_failure(name: str, tmp_path: Path) -> None:
+    model = on_disk(build(FAMILIES[name]), tmp_path)
+    engine = engine_of(model, make_problem())
+
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.baseline(lambda *_: None, fail)
+    assert all(weight.device.type == "meta" for weight in layers_of(model, FAMILIES[name]).parameters())
+
+
 @families
 def test_only_one_layer_is_in_memory_at_a_time(name: str, tmp_path: Path) -> None:
     """Beyond the first pass's start, where the layers that were called to learn from stay for their first use."""
@@ -141,6 +155,9 @@ def test_ablation_of_a_model_on_disk_is_that_in_memory(name: str, tmp_path: Path
         assert torch.allclose(model(**inputs).logits, plain(**inputs).logits, atol=1e-5)
 
 
+@pytest.mark.xfail(
+    strict=True, raises=NotImplementedError, reason="`model.device` is meta where the embedding is on disk"
+)
 @families
 def test_model_that_is_wholly_on_disk_runs_too(name: str, tmp_path: Path, reads: Counter[str]) -> None:
     """Embedding and head too: they are read a fixed number of times, whatever the number of rows."""

@@ -12,7 +12,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 from transformers import PreTrainedModel
 
-from refusal_direction.engine.residency import is_offloaded
+from refusal_direction.engine.residency import execution_device, is_offloaded
 from refusal_direction.errors import OutOfMemoryError
 
 __all__ = ["Budget", "free_bytes", "halving"]
@@ -44,10 +44,11 @@ class Budget:
     """
 
     def __init__(self, model: PreTrainedModel, layers: nn.ModuleList, batch_size: int | None = None) -> None:
-        free = free_bytes(model.device)
+        device = execution_device(model)
+        free = free_bytes(device)
         widest = max(max(weight.shape[-2:]) for layer in layers for weight in layer.parameters() if weight.ndim)
         itemsize = model.dtype.itemsize
-        most = _CACHED_TOKENS if model.device.type == "cpu" else _DEVICE_TOKENS
+        most = _CACHED_TOKENS if device.type == "cpu" else _DEVICE_TOKENS
         self._tokens = min(most, max(1, int(0.2 * free) // (8 * widest * itemsize)))
         self._batch_size = batch_size
         self._vocab = model.config.get_text_config().vocab_size

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from refusal_direction.directions import ablate, unit
-from refusal_direction.engine.residency import resident
+from refusal_direction.engine.residency import execution_device, resident
 from refusal_direction.engine.skeleton import Skeleton
 from refusal_direction.models.writes import WriteSite, find_writes, kind_of
 
@@ -34,7 +34,7 @@ class ResidualStream:
     def __init__(self, model: PreTrainedModel) -> None:
         self.skeleton = Skeleton(model)
         self.layers = self.skeleton.layers
-        ids = torch.arange(3, 3 + _PROBE_TOKENS, device=model.device).unsqueeze(0)
+        ids = torch.arange(3, 3 + _PROBE_TOKENS, device=execution_device(model)).unsqueeze(0)
         with resident(*self.skeleton.outer, recurse=False):
             prelude = self.skeleton.prelude({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
         self.shares_state = any(call.shares_state for call in prelude.calls)

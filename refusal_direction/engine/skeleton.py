@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from refusal_direction.engine.residency import outside, resident
+from refusal_direction.engine.residency import execution_device, outside, resident
 from refusal_direction.errors import UnsupportedModelError
 from refusal_direction.models.layers import find_layers
 
@@ -165,7 +165,7 @@ class Skeleton:
 
             return forward
 
-        ids: Int[Tensor, "row 1"] = torch.full((rows, 1), token, device=self.model.device)
+        ids: Int[Tensor, "row 1"] = torch.full((rows, 1), token, device=execution_device(self.model))
         with replaced_forwards(self.layers, stand_in):
             output = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
         return output.logits[:, -1]

@@ -11,6 +11,7 @@ import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from refusal_direction.engine.residency import execution_device
 from refusal_direction.errors import ChatTemplateError, TokenizerError
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ class ChatModel:
 
     def inputs(self, request: str) -> dict[str, Tensor]:
         """The model's inputs for a request: a batch of one, on the model's device."""
-        ids = torch.tensor([self.encode(request)], device=self.model.device)
+        ids = torch.tensor([self.encode(request)], device=execution_device(self.model))
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def text_of(self, token: int) -> str:
@@ -116,7 +117,7 @@ class ChatModel:
         for length, members in by_length.items():
             for begin in range(0, len(members), 32):
                 some = members[begin : begin + 32]
-                ids = torch.tensor([encoded[index] for index in some], device=self.model.device)
+                ids = torch.tensor([encoded[index] for index in some], device=execution_device(self.model))
                 output = self._generate(ids, max_new_tokens)[:, length:]
                 for index, text in zip(
                     some, self.tokenizer.batch_decode(output, skip_special_tokens=True), strict=True

@@ -93,9 +93,7 @@ def activations(model: Model, prompts: Sequence[Prompt], n_positions: int) -> Te
     return torch.stack(seen, dim=2)
 
 
-def candidates(
-    model: Model, harmful: Sequence[Prompt], harmless: Sequence[Prompt], n_positions: int
-) -> Tensor:
+def candidates(model: Model, harmful: Sequence[Prompt], harmless: Sequence[Prompt], n_positions: int) -> Tensor:
     """Differences of means, float64 [position, layer, d_model]."""
     of_harmful = activations(model, harmful, n_positions).double()
     of_harmless = activations(model, harmless, n_positions).double()

@@ -60,7 +60,9 @@ class _Follow(TorchDispatchMode):
         if not isinstance(output, Tensor) or not any(map(self.is_stream, operands)):
             return output
         others = [value for value in operands if not self.is_stream(value)]
-        if operator in _ADDITIONS and all(isinstance(value, Tensor) and value.shape == output.shape for value in others):
+        if operator in _ADDITIONS and all(
+            isinstance(value, Tensor) and value.shape == output.shape for value in others
+        ):
             self._stream[id(output)] = output
             self._measure(output)  # the mode is off in here
         elif operator in _MOVES or (operator in _SCALINGS and all(map(_is_scalar, others))):
