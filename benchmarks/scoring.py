@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, GemmaConfig, GemmaForCausalLM
 
 from refusal_direction import demo
-from refusal_direction.config import DEMO_MODEL, PromptSource
+from refusal_direction.config import DEMO_MODEL, Config, ModelSource, PromptSource
 from refusal_direction.directions import mean_difference, unit
 from refusal_direction.engine import Candidates, Engine
 from refusal_direction.engine.interventions import ResidualStream
@@ -57,12 +57,13 @@ def setting(options: argparse.Namespace) -> tuple[ChatModel, PromptSets]:
     chat = ChatModel(random_gemma(options.layers), AutoTokenizer.from_pretrained(options.tokenizer), "random Gemma")
     source = PromptSource(n_train=options.n_train, n_val=options.n_val, data_dir=options.data_dir)
     published = (options.data_dir / "harmful_train.json").exists()
-    return chat, gather(source, "random" if published else DEMO_MODEL)
+    model = ModelSource("random" if published else DEMO_MODEL)
+    return chat, gather(Config(model=model, prompts=source))
 
 
 def ours(chat: ChatModel, sets: PromptSets) -> dict[str, Tensor]:
     tokens, indices = chosen(chat, ("I",)), sets.indices()
-    engine = Engine(ResidualStream(chat.model), [chat.inputs(prompt.text) for prompt in sets.everything])
+    engine = Engine(ResidualStream(chat.model), [chat.inputs(prompt) for prompt in sets.everything])
     train = indices["harmful_train"] + indices["harmless_train"]
     baseline = measure_baseline(engine, tokens, len(chat.eoi_tokens), observed=train, kept=indices["harmless_val"])
     n_train = len(sets.harmful_train)

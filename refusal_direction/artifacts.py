@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 
+from refusal_direction.config import TEXT, VISION, Rules
 from refusal_direction.engine.residency import execution_device
 from refusal_direction.errors import OutputError
 from refusal_direction.models.chat import TEMPLATE_ARGUMENTS
@@ -32,18 +33,28 @@ from refusal_direction.pipeline import Direction
 if TYPE_CHECKING:
     from refusal_direction.pipeline import Extraction
 
-__all__ = ["FILES", "SCHEMA_VERSION", "check_writable", "load_direction", "write"]
+__all__ = ["SCHEMA_VERSION", "check_writable", "file_names", "load_direction", "write"]
 
 SCHEMA_VERSION = 1
-FILES = (
+_SPECIFIED = (
     "refusal_direction.pt",
     "direction_metadata.json",
     "candidate_directions.pt",
     "all_direction_scores.json",
-    "run.json",
-    "per_prompt_scores.safetensors",
 )
+_COMPANIONS = ("run.json", "per_prompt_scores.safetensors")
 _COMMITTED = ".committed"
+
+
+def file_name(name: str, rules: Rules) -> str:
+    """The specification's files of the vision-language pipeline end in _vlm."""
+    stem, dot, suffix = name.partition(".")
+    return f"{stem}_vlm{dot}{suffix}" if rules.images and name in _SPECIFIED else name
+
+
+def file_names(rules: Rules) -> tuple[str, ...]:
+    """The files that a run writes."""
+    return tuple(file_name(name, rules) for name in (*_SPECIFIED, *_COMPANIONS))
 
 
 def check_writable(folder: Path) -> None:
@@ -93,9 +104,8 @@ def _move_into_place(folder: Path) -> None:
     if not committed.exists():
         return
     fresh = {path.name for path in committed.iterdir()}
-    for name in FILES:
-        if name in fresh:  # not yet moved, so what stands there is old
-            (folder / name).unlink(missing_ok=True)
+    for name in fresh:  # not yet moved, so what stands there is old
+        (folder / name).unlink(missing_ok=True)
     for name in sorted(fresh):
         os.replace(committed / name, folder / name)
     committed.rmdir()
@@ -103,14 +113,15 @@ def _move_into_place(folder: Path) -> None:
 
 def _writers(extraction: Extraction) -> dict[str, Callable[[Path], None]]:
     vector, candidates = extraction.direction.vector, extraction.candidates.float().contiguous()
-    return {
+    writers: dict[str, Callable[[Path], None]] = {
         "refusal_direction.pt": lambda path: torch.save(vector, path),
         "candidate_directions.pt": lambda path: torch.save(candidates, path),
         "direction_metadata.json": lambda path: _dump(_metadata(extraction), path),
-        "all_direction_scores.json": lambda path: _dump([asdict(score) for score in extraction.means], path),
+        "all_direction_scores.json": lambda path: _dump(_scores(extraction), path),
         "run.json": lambda path: _dump(_run(extraction), path),
         "per_prompt_scores.safetensors": lambda path: _save_per_prompt(extraction, path),
     }
+    return {file_name(name, extraction.config.rules): save for name, save in writers.items()}
 
 
 def _dump(content: Any, path: Path) -> None:
@@ -142,8 +153,17 @@ def _metadata(extraction: Extraction) -> dict[str, Any]:
         "d_model": d_model,
         "candidate_norm": float(extraction.direction.vector.norm()),
         "discarded": extraction.selection.discarded,
+        "warnings": extraction.warnings,
         "schema_version": SCHEMA_VERSION,
     }
+
+
+def _scores(extraction: Extraction) -> list[dict[str, Any]]:
+    n_positions = extraction.candidates.shape[0]
+    rows = [asdict(score) for score in extraction.means]
+    if extraction.config.rules.images:
+        rows = [{**row, "position_index": row["position"] + n_positions} for row in rows]
+    return rows
 
 
 def _run(extraction: Extraction) -> dict[str, Any]:
@@ -162,6 +182,7 @@ def _run(extraction: Extraction) -> dict[str, Any]:
             "device": str(execution_device(chat.model)),
             "template_arguments": TEMPLATE_ARGUMENTS,
         },
+        "warnings": extraction.warnings,
         "engine": {"name": extraction.engine, "largest_leak": extraction.leak},
         "eoi_tokens": [{"id": token, "text": chat.text_of(token)} for token in chat.eoi_tokens],
         "refusal_tokens": asdict(extraction.tokens),
@@ -225,8 +246,10 @@ def load_direction(folder: str | Path = "artifacts") -> Direction:
     folder = Path(folder)
     try:
         _move_into_place(folder)
-        metadata = json.loads((folder / "direction_metadata.json").read_text(encoding="utf-8"))
-        vector = torch.load(folder / "refusal_direction.pt", weights_only=True)
+        kinds = [rules for rules in (TEXT, VISION) if (folder / file_name("direction_metadata.json", rules)).exists()]
+        rules = kinds[0] if kinds else TEXT
+        metadata = json.loads((folder / file_name("direction_metadata.json", rules)).read_text(encoding="utf-8"))
+        vector = torch.load(folder / file_name("refusal_direction.pt", rules), weights_only=True)
     except OSError as error:
         raise OutputError(
             f"{folder} holds no refusal direction ({error.strerror}: {error.filename}). Run extract_refusal_direction.py first."

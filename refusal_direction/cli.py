@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from refusal_direction.config import Config, ModelSource, PromptSource, Thresholds
+from refusal_direction.config import TEXT, VISION, VISION_CONFIG, Config, ModelSource, PromptSource, Rules, Thresholds
 from refusal_direction.errors import ConfigurationError, RefusalDirectionError
 
 if TYPE_CHECKING:
     from refusal_direction.pipeline import Extraction
 
-__all__ = ["config_from", "main", "parser"]
+__all__ = ["config_from", "main", "main_vlm", "parser"]
 
 _DESCRIPTION = """\
 Find the direction in the residual stream that carries refusal in a chat model (Arditi et al., NeurIPS 2024), score every
@@ -40,9 +42,11 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
         return f"{', '.join(spellings)} {self._format_args(action, action.dest.upper())}"
 
 
-def parser() -> argparse.ArgumentParser:
-    """The arguments, grouped; defaults come from config.py."""
-    top = argparse.ArgumentParser("extract_refusal_direction", description=_DESCRIPTION, formatter_class=_Formatter)
+def parser(defaults: Config = Config()) -> argparse.ArgumentParser:
+    """The arguments, grouped, with the defaults of a pipeline (config.py)."""
+    vision = defaults.rules.images
+    name = "extract_refusal_direction" + ("_vlm" if vision else "")
+    top = argparse.ArgumentParser(name, description=_DESCRIPTION, formatter_class=_Formatter)
     model, prompts, method, output = (
         top.add_argument_group(title) for title in ("model", "prompts", "method", "output")
     )
@@ -51,57 +55,71 @@ def parser() -> argparse.ArgumentParser:
         spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
         group.add_argument(*spellings, dest=name, **settings)  # type: ignore[arg-type]
 
-    add(model, "model_id", default=ModelSource.model_id, metavar="ID", help="Hub id, local folder, or demo")
-    add(model, "dtype", default=ModelSource.dtype, help="bfloat16, float16, float32 or auto")
-    add(model, "device", default=ModelSource.device, help="cuda, mps, cpu or auto (what does not fit is offloaded)")
+    add(model, "model_id", default=defaults.model.model_id, metavar="ID", help="Hub id, local folder, or demo")
+    add(model, "dtype", default=defaults.model.dtype, help="bfloat16, float16, float32 or auto")
+    add(model, "device", default=defaults.model.device, help="cuda, mps, cpu or auto (what does not fit is offloaded)")
     add(model, "chat_template", metavar="FILE", help="Jinja chat template, for models without one")
-    add(model, "batch_size", type=int, metavar="ROWS", help="most rows through a layer at once (default: by memory)")
-    add(prompts, "harmful", type=Path, metavar="FILE", help="own harmful prompts: .json, .jsonl, .csv, .txt")
-    add(prompts, "harmless", type=Path, metavar="FILE", help="own harmless prompts, likewise")
-    add(prompts, "data_dir", type=Path, default=PromptSource.data_dir, help="where the published prompts are kept")
-    add(prompts, "n_train", type=int, default=PromptSource.n_train, help="prompts of each kind for the direction")
-    add(prompts, "n_val", type=int, default=PromptSource.n_val, help="prompts of each kind for its scores")
-    add(prompts, "seed", type=int, default=PromptSource.seed, help="of the draw")
+    by_memory = "" if vision else " (default: by memory)"
+    add(
+        model,
+        "batch_size",
+        type=int,
+        default=defaults.batch_size,
+        metavar="ROWS",
+        help=f"most rows through a layer at once{by_memory}",
+    )
+    own, kind = ("FOLDER", "images with metadata.jsonl") if vision else ("FILE", ".json, .jsonl, .csv, .txt")
+    add(prompts, "harmful", type=Path, metavar=own, help=f"own harmful prompts: {kind}")
+    add(prompts, "harmless", type=Path, metavar=own, help="own harmless prompts, likewise")
+    add(prompts, "data_dir", type=Path, default=defaults.prompts.data_dir, help="where the published prompts are kept")
+    add(prompts, "n_train", type=int, default=defaults.prompts.n_train, help="prompts of each kind for the direction")
+    add(prompts, "n_val", type=int, default=defaults.prompts.n_val, help="prompts of each kind for its scores")
+    add(prompts, "seed", type=int, default=defaults.prompts.seed, help="of the draw")
     add(prompts, "skip_filter", action="store_true", help="keep prompts whatever the model does with them")
     add(method, "refusal_tokens", nargs="+", default=(), metavar="TOKEN", help="first tokens of a refusal: text or ids")
     add(method, "calibrate_refusal", action="store_true", help="find them from what the model itself says")
-    add(method, "kl_threshold", type=float, default=Thresholds.kl, help="discard candidates with a larger KL")
-    add(method, "induce_threshold", type=float, default=Thresholds.induce, help="... with a smaller steering score")
+    add(method, "kl_threshold", type=float, default=defaults.thresholds.kl, help="discard candidates with a larger KL")
+    add(
+        method,
+        "induce_threshold",
+        type=float,
+        default=defaults.thresholds.induce,
+        help="... with a smaller steering score",
+    )
     add(
         method,
         "prune_layers",
         type=float,
-        default=Thresholds.prune_layers,
+        default=defaults.thresholds.prune_layers,
         help="... from this last part of the layers",
     )
-    add(output, "output_dir", type=Path, default=Config.output_dir, help="folder of the results")
+    if vision:
+        add(method, "top_k_candidates", type=int, default=VISION.top_k, metavar="K", help="score so many of lowest KL")
+        add(method, "search", choices=("kl_first", "exhaustive"), default="kl_first", help="exhaustive: score them all")
+    add(output, "output_dir", type=Path, default=defaults.output_dir, help="folder of the results")
     add(output, "sanity", action="store_true", help="show a few baseline, ablated and steered completions at the end")
     return top
 
 
-def config_from(arguments: argparse.Namespace) -> Config:
+def config_from(arguments: argparse.Namespace, rules: Rules = TEXT) -> Config:
     """The configuration that the arguments ask for.
 
     Raises ConfigurationError where a value makes no sense.
     """
-    for name in ("batch_size", "n_train", "n_val"):
-        value = getattr(arguments, name)
+    for name in ("batch_size", "n_train", "n_val", "top_k_candidates"):
+        value = getattr(arguments, name, None)
         if value is not None and value < 1:
             raise ConfigurationError(f"--{name} {value}: must be at least 1.")
     if not 0 <= arguments.prune_layers < 1:
         raise ConfigurationError(f"--prune_layers {arguments.prune_layers}: must be at least 0 and below 1.")
     if arguments.refusal_tokens and arguments.calibrate_refusal:
         raise ConfigurationError("--refusal_tokens and --calibrate_refusal exclude each other: give one.")
+    if rules.images:
+        rules = replace(rules, top_k=None if arguments.search == "exhaustive" else arguments.top_k_candidates)
     return Config(
-        model=ModelSource(arguments.model_id, arguments.dtype, arguments.device, arguments.chat_template),
-        prompts=PromptSource(
-            arguments.n_train,
-            arguments.n_val,
-            arguments.seed,
-            arguments.data_dir,
-            arguments.harmful,
-            arguments.harmless,
-        ),
+        rules=rules,
+        model=_some_of(ModelSource, arguments),
+        prompts=_some_of(PromptSource, arguments),
         thresholds=Thresholds(arguments.kl_threshold, arguments.induce_threshold, arguments.prune_layers),
         output_dir=arguments.output_dir,
         batch_size=arguments.batch_size,
@@ -110,6 +128,29 @@ def config_from(arguments: argparse.Namespace) -> Config:
         calibrate_refusal=arguments.calibrate_refusal,
         sanity=arguments.sanity,
     )
+
+
+_Part = TypeVar("_Part", ModelSource, PromptSource)
+
+
+def _some_of(part: type[_Part], arguments: argparse.Namespace) -> _Part:
+    """The part of the configuration whose fields are arguments of the same names."""
+    return part(**{field.name: getattr(arguments, field.name) for field in fields(part)})
+
+
+def _sample_sizes_from_environment(defaults: Config) -> Config:
+    """VLM_N_TRAIN and VLM_N_VAL stand for --n_train and --n_val where those are not given."""
+    n_train, n_val = (
+        _whole_number(f"VLM_{name.upper()}", getattr(defaults.prompts, name)) for name in ("n_train", "n_val")
+    )
+    return replace(defaults, prompts=replace(defaults.prompts, n_train=n_train, n_val=n_val))
+
+
+def _whole_number(variable: str, default: int) -> int:
+    value = os.environ.get(variable, str(default))
+    if not value.isdecimal() or int(value) < 1:
+        raise ConfigurationError(f"{variable}={value}: must be a whole number of at least 1.")
+    return int(value)
 
 
 @contextmanager
@@ -129,7 +170,7 @@ def _run(config: Config) -> None:
     artifacts.check_writable(config.output_dir)
     extraction: Extraction = extract(config, progress=_bar)
     artifacts.write(extraction, config.output_dir)
-    print(report.results(extraction), report.files(config.output_dir), sep="\n\n")
+    print(report.results(extraction), report.files(config), sep="\n\n")
     if config.sanity:
         print("", report.completions(extraction), sep="\n")
 
@@ -147,9 +188,19 @@ def _quiet_libraries() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the text pipeline; returns the exit code."""
-    arguments = parser().parse_args(argv)
+    return _main(argv, Config())
+
+
+def main_vlm(argv: Sequence[str] | None = None) -> int:
+    """Run the vision-language pipeline; returns the exit code."""
+    return _main(argv, VISION_CONFIG)
+
+
+def _main(argv: Sequence[str] | None, defaults: Config) -> int:
     try:
-        config = config_from(arguments)
+        if defaults.rules.images:
+            defaults = _sample_sizes_from_environment(defaults)
+        config = config_from(parser(defaults).parse_args(argv), defaults.rules)
         _quiet_libraries()
         _run(config)
     except RefusalDirectionError as error:

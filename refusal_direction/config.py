@@ -5,13 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = ["DEMO_MODEL", "LEAST_PROMPTS", "Config", "ModelSource", "PromptSource", "Thresholds"]
+__all__ = [
+    "DEMO_MODEL",
+    "TEXT",
+    "VISION",
+    "VISION_CONFIG",
+    "Config",
+    "ModelSource",
+    "PromptSource",
+    "Rules",
+    "Thresholds",
+]
 
 DEMO_MODEL = "demo"
 """The model id of the small model that ships with the project; its prompts come with it."""
-
-LEAST_PROMPTS = 4
-"""The filter must leave so many prompts of each kind, or what was asked for if that is less."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +62,32 @@ class Thresholds:
 
 
 @dataclass(frozen=True)
+class Rules:
+    """Where the method for text and the one for images with text differ (docs/method.md)."""
+
+    images: bool
+    """Whether prompts are pairs of an image and a question."""
+    positions: int | None
+    """How many of the last tokens give candidates; None: the end-of-instruction tokens."""
+    least_prompts: int
+    """The filter must leave so many prompts of each kind, or what was asked for if that is less."""
+    refill: bool
+    """Where it leaves fewer, take the most fitting of the others instead of giving up."""
+    top_k: int | None
+    """Measure the KL divergence first, and the rest only for so many candidates of lowest KL; None: for all."""
+    relative_steering: bool
+    """The steering threshold counts from the baseline's mean, and is waived where no candidate reaches it."""
+
+
+TEXT = Rules(images=False, positions=None, least_prompts=4, refill=False, top_k=None, relative_steering=False)
+VISION = Rules(images=True, positions=3, least_prompts=8, refill=True, top_k=15, relative_steering=True)
+
+
+@dataclass(frozen=True)
 class Config:
     """One run."""
 
+    rules: Rules = TEXT
     model: ModelSource = field(default_factory=ModelSource)
     prompts: PromptSource = field(default_factory=PromptSource)
     thresholds: Thresholds = field(default_factory=Thresholds)
@@ -72,3 +102,12 @@ class Config:
     """Find the refusal tokens from what the model itself says."""
     sanity: bool = False
     """Show completions under the baseline, ablation and steering at the end."""
+
+
+VISION_CONFIG = Config(
+    rules=VISION,
+    model=ModelSource("google/paligemma2-10b-mix-448"),
+    output_dir=Path("artifacts") / "vlm",
+    batch_size=8,
+)
+"""The defaults of the vision-language pipeline."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from refusal_direction import prompts as prompt_sources
-from refusal_direction.config import Config
+from refusal_direction.config import TEXT, VISION, Config, ModelSource
 from refusal_direction.directions import mean_difference
 from refusal_direction.engine import Candidates, Engine
 from refusal_direction.engine.interventions import ResidualStream
@@ -21,11 +21,27 @@ from refusal_direction.engine.residency import execution_device
 from refusal_direction.memory import peak_bytes
 from refusal_direction.models import refusal_tokens
 from refusal_direction.models.chat import ChatModel
-from refusal_direction.models.loading import load_chat_model
+from refusal_direction.models.loading import load
 from refusal_direction.models.refusal_tokens import RefusalTokens
+from refusal_direction.models.vision import VisionChatModel
 from refusal_direction.prompts.sets import PromptSets
-from refusal_direction.scoring import Baseline, Scores, intervention_rows, measure_baseline, score_candidates
-from refusal_direction.selection import CandidateScore, Selection, keep_fitting, select
+from refusal_direction.scoring import (
+    ALL,
+    Baseline,
+    Measure,
+    Scores,
+    intervention_rows,
+    measure_baseline,
+    score_candidates,
+)
+from refusal_direction.selection import (
+    CandidateScore,
+    Selection,
+    keep_fitting,
+    select,
+    select_survivor,
+    survivors,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -72,6 +88,8 @@ class Extraction:
     """Which engine ran."""
     leak: float
     """Largest share of an ablated stream found along its direction."""
+    warnings: tuple[str, ...]
+    """What was warned of on the way, as where a condition was relaxed."""
     seconds: dict[str, float]
     """Wall time of each stage."""
     peak_memory: int
@@ -102,22 +120,20 @@ def extract(
     """
     config, chat = _resolve(model)
     clock = _Clock()
-    with clock("prompts"):
-        prompts = prompts or prompt_sources.gather(
-            config.prompts, config.model.model_id, progress=progress is not _silent
-        )
-    with clock("model"):
-        chat = chat or load_chat_model(config.model)
-        stream = ResidualStream(chat.model)
-        tokens = _tokens(config, chat, prompts)
-        engine = Engine(stream, [chat.inputs(prompt.text) for prompt in prompts.everything], config.batch_size)
-    with clock("baseline"):
-        baseline = _baseline(engine, chat, tokens, prompts, progress)
-        kept = keep_fitting(baseline.refusal, prompts.indices(), skip=config.skip_filter)
-    candidates = _candidates(baseline, kept)
-    with clock("interventions"):
-        scores = _scores(engine, tokens, candidates, baseline, kept, progress)
-    means = _means(scores, *candidates.shape[:2])
+    with recorded_warnings() as warnings:
+        with clock("prompts"):
+            prompts = prompts or prompt_sources.gather(config, progress=progress is not _silent)
+        with clock("model"):
+            chat = chat or load(config)
+            stream = ResidualStream(chat.model)
+            tokens = _tokens(config, chat, prompts)
+            engine = Engine(stream, [chat.inputs(prompt) for prompt in prompts.everything], config.batch_size)
+        with clock("baseline"):
+            baseline = _baseline(engine, chat, tokens, prompts, progress)
+            kept = keep_fitting(baseline.refusal, prompts.indices(), skip=config.skip_filter, rules=config.rules)
+        candidates = _candidates(baseline, kept)
+        with clock("interventions"):
+            scores, means, selection = _choose(engine, tokens, candidates, baseline, kept, config, progress)
     return Extraction(
         config=config,
         chat=chat,
@@ -128,9 +144,10 @@ def extract(
         candidates=candidates,
         scores=scores,
         means=means,
-        selection=select(means, candidates.shape[1], config.thresholds),
+        selection=selection,
         engine=engine.name,
         leak=engine.leak,
+        warnings=tuple(warnings),
         seconds=clock.seconds,
         peak_memory=peak_bytes(execution_device(chat.model)),
     )
@@ -139,9 +156,32 @@ def extract(
 def _resolve(model: str | ChatModel | Config) -> tuple[Config, ChatModel | None]:
     if isinstance(model, Config):
         return model, None
-    model_id = model if isinstance(model, str) else model.model_id
-    config = Config()
-    return replace(config, model=replace(config.model, model_id=model_id)), None if isinstance(model, str) else model
+    if isinstance(model, str):
+        return Config(model=ModelSource(model)), None
+    return Config(
+        rules=VISION if isinstance(model, VisionChatModel) else TEXT, model=ModelSource(model.model_id)
+    ), model
+
+
+class _Recorder(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+@contextmanager
+def recorded_warnings() -> Iterator[list[str]]:
+    """Collects what the package warns of, so that results can say so too."""
+    recorder = _Recorder()
+    logger = logging.getLogger("refusal_direction")
+    logger.addHandler(recorder)
+    try:
+        yield recorder.messages
+    finally:
+        logger.removeHandler(recorder)
 
 
 class _Clock:
@@ -157,8 +197,8 @@ class _Clock:
 
 def _tokens(config: Config, chat: ChatModel, prompts: PromptSets) -> RefusalTokens:
     if config.calibrate_refusal:
-        return refusal_tokens.calibrated(chat, [prompt.text for prompt in prompts.harmful_train])
-    return refusal_tokens.chosen(chat, config.refusal_tokens)
+        return refusal_tokens.calibrated(chat, prompts.harmful_train, config.rules)
+    return refusal_tokens.chosen(chat, config.refusal_tokens, config.rules)
 
 
 def _baseline(
@@ -170,7 +210,7 @@ def _baseline(
         return measure_baseline(
             engine,
             tokens,
-            len(chat.eoi_tokens),
+            chat.n_positions,
             observed=indices["harmful_train"] + indices["harmless_train"],
             kept=indices["harmless_val"],
             tick=tick,
@@ -181,19 +221,38 @@ def _candidates(baseline: Baseline, kept: dict[str, list[int]]) -> Float[Tensor,
     return mean_difference(baseline.activations[kept["harmful_train"]], baseline.activations[kept["harmless_train"]])
 
 
-def _scores(
+def _choose(
     engine: Engine,
     tokens: RefusalTokens,
     candidates: Float[Tensor, "position layer d_model"],
     baseline: Baseline,
     kept: dict[str, list[int]],
+    config: Config,
     progress: Progress,
-) -> Scores:
+) -> tuple[Scores, tuple[CandidateScore, ...], Selection]:
+    """Score the candidates and select one: all at once, or (vision) by KL first and the rest for its survivors."""
     n_positions, n_layers, _ = candidates.shape
     flat = Candidates(candidates.flatten(0, 1), tuple(range(n_layers)) * n_positions)
-    rows = intervention_rows(flat, harmful=kept["harmful_val"], harmless=kept["harmless_val"])
-    with progress("Sweep 2 of 2: interventions", engine.work(rows, flat)) as tick:
-        return score_candidates(engine, tokens, flat, rows, baseline, kept, tick)
+
+    def scored(sweep: str, measures: frozenset[Measure], among: Sequence[int] | None = None) -> Scores:
+        harmful, harmless = kept["harmful_val"], kept["harmless_val"]
+        rows = intervention_rows(flat, harmful=harmful, harmless=harmless, measures=measures, among=among)
+        with progress(sweep, engine.work(rows, flat)) as tick:
+            return score_candidates(engine, tokens, flat, rows, baseline, kept, tick)
+
+    if not config.rules.relative_steering:
+        scores = scored("Sweep 2 of 2: interventions", ALL)
+        means = _means(scores, n_positions, n_layers)
+        return scores, means, select(means, n_layers, config.thresholds)
+    scores = scored("Sweep 2 of 3: KL divergence", frozenset({Measure.KL}))
+    means = _means(scores, n_positions, n_layers)
+    top_k = len(means) if config.rules.top_k is None else config.rules.top_k
+    finalists = survivors(means, n_layers, config.thresholds, top_k)
+    among = range(len(means)) if config.rules.top_k is None else finalists
+    scores = scores.with_more(scored("Sweep 3 of 3: ablation and steering", ALL - {Measure.KL}, among))
+    means = _means(scores, n_positions, n_layers)
+    harmless = float(baseline.refusal[kept["harmless_val"]].mean())
+    return scores, means, select_survivor(means, finalists, config.thresholds, harmless)
 
 
 def _means(scores: Scores, n_positions: int, n_layers: int) -> tuple[CandidateScore, ...]:

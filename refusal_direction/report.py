@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from refusal_direction.artifacts import FILES
+from refusal_direction.artifacts import file_names
 from refusal_direction.engine.interventions import ablated, steered
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from refusal_direction.config import Config
     from refusal_direction.pipeline import Extraction
+    from refusal_direction.prompts.sets import Prompt
 
-__all__ = ["completions", "results"]
+__all__ = ["completions", "files", "results"]
 
 _SHOWN = 3
 
@@ -61,9 +62,9 @@ def results(extraction: Extraction) -> str:
     return "\n".join([f"{title} (of {n_layers} layers)", "", *lines])
 
 
-def files(folder: Path) -> str:
+def files(config: Config) -> str:
     """Where the files of a run are."""
-    return "\n".join([f"Written to {folder}/:", *(f"  {name}" for name in FILES)])
+    return "\n".join([f"Written to {config.output_dir}/:", *(f"  {name}" for name in file_names(config.rules))])
 
 
 def completions(extraction: Extraction, max_new_tokens: int = 48) -> str:
@@ -71,7 +72,7 @@ def completions(extraction: Extraction, max_new_tokens: int = 48) -> str:
     chat, direction = extraction.chat, extraction.direction
     everything = extraction.prompts.everything
     harmful, harmless = (
-        [everything[index].text for index in extraction.kept[name][:_SHOWN]] for name in ("harmful_val", "harmless_val")
+        [everything[index] for index in extraction.kept[name][:_SHOWN]] for name in ("harmful_val", "harmless_val")
     )
     with ablated(chat.model, direction.vector):
         without = chat.complete(harmful, max_new_tokens)
@@ -86,9 +87,14 @@ def completions(extraction: Extraction, max_new_tokens: int = 48) -> str:
 
 
 def _side_by_side(
-    kind: str, prompts: Sequence[str], before: Sequence[str], name: str, after: Sequence[str]
+    kind: str, prompts: Sequence[Prompt], before: Sequence[str], name: str, after: Sequence[str]
 ) -> list[str]:
     lines = []
     for prompt, plain, changed in zip(prompts, before, after, strict=True):
-        lines += [f"{kind}: {prompt}", f"  baseline: {plain.strip()}", f"  {name}:  {changed.strip()}", ""]
+        lines += [
+            f"{kind}: {prompt.text}" + (f" (image {prompt.id})" if prompt.image else ""),
+            f"  baseline: {plain.strip()}",
+            f"  {name}:  {changed.strip()}",
+            "",
+        ]
     return lines

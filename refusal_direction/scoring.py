@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,12 +15,21 @@ from refusal_direction.engine import Candidates, Engine, Kind, Row
 from refusal_direction.metrics import kl_divergence, refusal_mass, refusal_score
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float
 
     from refusal_direction.engine.layer_major import Tick
     from refusal_direction.models.refusal_tokens import RefusalTokens
 
-__all__ = ["Baseline", "Scores", "intervention_rows", "measure_baseline", "score_candidates"]
+__all__ = [
+    "ALL",
+    "Baseline",
+    "Measure",
+    "Scores",
+    "intervention_rows",
+    "measure_baseline",
+    "null_candidates",
+    "score_candidates",
+]
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,11 @@ class Scores:
     """Refusal scores of the harmless validation prompts under activation addition."""
     kl: Float[Tensor, "candidate harmless"]
     """KL divergence of the harmless validation prompts under directional ablation, in nats."""
+
+    def with_more(self, more: Scores) -> Scores:
+        """These scores, and where they are NaN (not measured) those of `more`."""
+        pairs = ((self.ablation, more.ablation), (self.steering, more.steering), (self.kl, more.kl))
+        return Scores(*(torch.where(mine.isnan(), theirs, mine) for mine, theirs in pairs))
 
 
 def measure_baseline(
@@ -93,19 +108,49 @@ def measure_baseline(
     return Baseline(refusal, mass, activations, logits_of)
 
 
-def intervention_rows(candidates: Candidates, *, harmful: Sequence[int], harmless: Sequence[int]) -> list[Row]:
-    """What sweep 2 runs: every candidate that has a length on every validation prompt.
+class Measure(Enum):
+    """What a candidate is scored by."""
 
-    Every prompt has the same embedding at an end-of-instruction token, so layer 0 often gives candidates of length zero.
-    They change nothing, and their scores are the baseline's.
+    ABLATION = "ablation"
+    KL = "kl"
+    STEERING = "steering"
+
+
+ALL = frozenset(Measure)
+
+
+def intervention_rows(
+    candidates: Candidates,
+    *,
+    harmful: Sequence[int],
+    harmless: Sequence[int],
+    measures: frozenset[Measure] = ALL,
+    among: Sequence[int] | None = None,
+) -> list[Row]:
+    """What sweep 2 runs: the candidates (all, or those `among`) on the validation prompts that the measures need.
+
+    Candidates of length zero need not be run. Every prompt has the same embedding at an end-of-instruction token, so
+    layer 0 often gives such candidates. They change nothing, and their scores are the baseline's.
     """
-    effective = torch.nonzero(candidates.vectors.norm(dim=-1) > NULL_NORM).flatten().tolist()
+    needs = (
+        (Measure.ABLATION, harmful, Kind.ABLATION),
+        (Measure.KL, harmless, Kind.ABLATION),
+        (Measure.STEERING, harmless, Kind.STEERING),
+    )
+    null = null_candidates(candidates)
     return [
         Row(prompt, kind, candidate)
-        for candidate in effective
-        for prompts, kind in ((harmful, Kind.ABLATION), (harmless, Kind.ABLATION), (harmless, Kind.STEERING))
+        for candidate in (range(len(candidates.layers)) if among is None else among)
+        if not null[candidate]
+        for measure, prompts, kind in needs
+        if measure in measures
         for prompt in prompts
     ]
+
+
+def null_candidates(candidates: Candidates) -> Bool[Tensor, "candidate"]:
+    """Which candidates have no length."""
+    return candidates.vectors.norm(dim=-1) <= NULL_NORM
 
 
 def score_candidates(
@@ -123,17 +168,17 @@ def score_candidates(
         engine: holds the prompts.
         tokens: the refusal tokens.
         candidates: in (position, layer) order.
-        rows: the `intervention_rows`; candidates without rows keep the baseline's scores.
+        rows: the `intervention_rows`. What they leave out is NaN; candidates of length zero have the baseline's scores.
         baseline: of the same prompts.
         kept: the validation prompts, "harmful_val" and "harmless_val".
         tick: receives progress.
     """
     harmful = {prompt: index for index, prompt in enumerate(kept["harmful_val"])}
     harmless = {prompt: index for index, prompt in enumerate(kept["harmless_val"])}
-    count = len(candidates.layers)
-    ablation = baseline.refusal[list(harmful)].expand(count, -1).clone()
-    steering = baseline.refusal[list(harmless)].expand(count, -1).clone()
-    kl = torch.zeros_like(steering)
+    unmeasured = torch.where(null_candidates(candidates), 0.0, torch.nan).double().unsqueeze(1).cpu()
+    ablation = unmeasured + baseline.refusal[list(harmful)]
+    steering = unmeasured + baseline.refusal[list(harmless)]
+    kl = unmeasured + torch.zeros(len(harmless), dtype=torch.float64)
 
     def consume(rows: list[Row], logits: Tensor) -> None:
         for row, score in zip(rows, refusal_score(logits, tokens.ids).tolist(), strict=True):

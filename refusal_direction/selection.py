@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from refusal_direction.config import LEAST_PROMPTS, Thresholds
+from refusal_direction.config import TEXT, Rules, Thresholds
 from refusal_direction.errors import NoCandidateError, TooFewPromptsError
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-__all__ = ["CandidateScore", "Selection", "keep_fitting", "select"]
+__all__ = ["CandidateScore", "Selection", "keep_fitting", "layer_limit", "select", "select_survivor", "survivors"]
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class Selection:
 
 
 def keep_fitting(
-    refusal: Float[Tensor, "prompt"], sets: dict[str, list[int]], *, skip: bool = False
+    refusal: Float[Tensor, "prompt"], sets: dict[str, list[int]], *, skip: bool = False, rules: Rules = TEXT
 ) -> dict[str, list[int]]:
     """Keep the harmful prompts that the model refuses (score > 0) and the harmless ones that it answers (score < 0).
 
@@ -47,6 +52,7 @@ def keep_fitting(
         refusal: baseline refusal scores.
         sets: prompt indices by the name of their set; the name begins with harmful or harmless.
         skip: keep all.
+        rules: how many must be left, and whether the most fitting of the others may fill up, with a warning.
 
     Raises TooFewPromptsError where a set is left with too few prompts for its mean to mean anything.
     """
@@ -56,15 +62,52 @@ def keep_fitting(
         name: [i for i in members if (refusal[i] > 0 if name.startswith("harmful") else refusal[i] < 0)]
         for name, members in sets.items()
     }
-    if any(len(kept[name]) < min(LEAST_PROMPTS, len(members)) for name, members in sets.items()):
-        counts = ", ".join(f"{len(kept[name])} of {len(members)} {name}" for name, members in sets.items())
-        raise TooFewPromptsError(
-            f"The filter left too few prompts: {counts}. It keeps harmful prompts that the model refuses and harmless ones that "
-            "it answers, by the probability of the refusal tokens. If the model does refuse, its refusals begin with other "
-            "tokens: try --calibrate_refusal, or --refusal_tokens. If it hardly refuses at all, --skip_filter goes on "
-            "with every prompt; or use more prompts (--n_train, --n_val) or prompts that it refuses (--harmful)."
+    for name, members in sets.items():
+        least = min(rules.least_prompts, len(members))
+        if len(kept[name]) >= least:
+            continue
+        if not rules.refill:
+            raise TooFewPromptsError(_too_few(kept, sets))
+        log.warning(
+            "The filter left %d of %d %s prompts; the %d most fitting are used.",
+            len(kept[name]),
+            len(members),
+            name,
+            least,
         )
+        fitting = sorted(members, key=lambda i: float(refusal[i]), reverse=name.startswith("harmful"))
+        kept[name] = sorted(fitting[:least])
     return kept
+
+
+def _too_few(kept: dict[str, list[int]], sets: dict[str, list[int]]) -> str:
+    counts = ", ".join(f"{len(kept[name])} of {len(members)} {name}" for name, members in sets.items())
+    return (
+        f"The filter left too few prompts: {counts}. It keeps harmful prompts that the model refuses and harmless ones that "
+        "it answers, by the probability of the refusal tokens. If the model does refuse, its refusals begin with other "
+        "tokens: try --calibrate_refusal, or --refusal_tokens. If it hardly refuses at all, --skip_filter goes on "
+        "with every prompt; or use more prompts (--n_train, --n_val) or prompts that it refuses (--harmful)."
+    )
+
+
+def layer_limit(n_layers: int, thresholds: Thresholds) -> int:
+    """Candidates from this layer on are discarded."""
+    return int(n_layers * (1.0 - thresholds.prune_layers))
+
+
+def survivors(scores: Sequence[CandidateScore], n_layers: int, thresholds: Thresholds, top_k: int) -> list[int]:
+    """The at most `top_k` candidates of lowest KL among those that the layer and KL conditions admit.
+
+    If they admit none, the `top_k` of lowest KL, with a warning. In (position, layer) order.
+    """
+    measured = [index for index, score in enumerate(scores) if not math.isnan(score.kl_div)]
+    limit = layer_limit(n_layers, thresholds)
+    fitting = [i for i in measured if scores[i].layer < limit and scores[i].kl_div <= thresholds.kl]
+    if not fitting:
+        log.warning(
+            "No candidate has a KL of %g or less below layer %d; those of lowest KL are used.", thresholds.kl, limit
+        )
+    return sorted(sorted(fitting or measured, key=lambda index: scores[index].kl_div)[:top_k])
 
 
 def _first_failure(score: CandidateScore, limit: int, thresholds: Thresholds) -> str | None:
@@ -84,17 +127,45 @@ def select(scores: Sequence[CandidateScore], n_layers: int, thresholds: Threshol
 
     Raises NoCandidateError, with the nearest misses, where none is admissible.
     """
-    limit = int(n_layers * (1.0 - thresholds.prune_layers))
+    limit = layer_limit(n_layers, thresholds)
     failures = [_first_failure(score, limit, thresholds) for score in scores]
-    discarded: dict[str, int] = {}
-    for failure in failures:
-        if failure is not None:
-            discarded[failure] = discarded.get(failure, 0) + 1
     admissible = [index for index, failure in enumerate(failures) if failure is None]
+    discarded = dict(Counter(failure for failure in failures if failure is not None))
     if not admissible:
         raise NoCandidateError(_explanation(scores, limit, thresholds, discarded))
-    best = min(admissible, key=lambda index: scores[index].ablation_refusal)
+    best = _lowest_ablation(scores, admissible)
     return Selection(best, scores[best], discarded)
+
+
+def select_survivor(
+    scores: Sequence[CandidateScore], finalists: Sequence[int], thresholds: Thresholds, baseline: float
+) -> Selection:
+    """The finalist with the lowest ablation score whose steering score is at least the baseline's plus the threshold.
+
+    If none reaches that, the finalist with the lowest ablation score, with a warning.
+
+    Raises NoCandidateError where no finalist has scores.
+    """
+    scored = [index for index in finalists if not math.isnan(scores[index].ablation_refusal)]
+    if not scored:
+        raise NoCandidateError("Every score of every candidate is NaN. Try --dtype float32.")
+    floor = baseline + thresholds.induce
+    inducing = [index for index in scored if scores[index].steering_refusal >= floor]
+    if not inducing:
+        log.warning("No candidate reaches a steering score of %.2f when added; the condition is waived.", floor)
+    best = _lowest_ablation(scores, inducing or scored)
+    return Selection(
+        best,
+        scores[best],
+        {
+            "not among those of lowest KL": len(scores) - len(finalists),
+            "steering score below the baseline": len(scored) - len(inducing) if inducing else 0,
+        },
+    )
+
+
+def _lowest_ablation(scores: Sequence[CandidateScore], among: Sequence[int]) -> int:
+    return min(among, key=lambda index: scores[index].ablation_refusal)
 
 
 def _explanation(

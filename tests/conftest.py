@@ -58,9 +58,8 @@ def chat() -> ChatModel:
 @pytest.fixture(scope="session")
 def extraction(chat: ChatModel) -> Extraction:
     """A small but whole run on the demo model."""
-    config = Config(model=ModelSource("demo"))
-    prompts = gather(PromptSource(n_train=24, n_val=12), "demo")
-    return replace(extract(chat, prompts=prompts), config=config)
+    config = Config(model=ModelSource("demo"), prompts=PromptSource(n_train=24, n_val=12))
+    return replace(extract(chat, prompts=gather(config)), config=config)
 
 
 @pytest.fixture(scope="session")

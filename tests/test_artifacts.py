@@ -11,7 +11,8 @@ import torch
 from safetensors import safe_open
 
 from refusal_direction import artifacts, load_direction
-from refusal_direction.artifacts import FILES
+from refusal_direction.artifacts import file_names
+from refusal_direction.config import TEXT
 from refusal_direction.errors import OutputError
 from refusal_direction.pipeline import Extraction
 
@@ -33,7 +34,7 @@ def marks(folder: Path) -> set[str]:
 
 def test_the_files_have_the_names_shapes_and_keys_of_the_specification(extraction: Extraction, tmp_path: Path):
     artifacts.write(extraction, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == set(FILES)
+    assert {path.name for path in tmp_path.iterdir()} == set(file_names(TEXT))
     n_positions, n_layers, d_model = extraction.candidates.shape
     direction = torch.load(tmp_path / "refusal_direction.pt", weights_only=True)
     candidates = torch.load(tmp_path / "candidate_directions.pt", weights_only=True)
@@ -133,7 +134,7 @@ def test_a_crash_at_any_moment_leaves_one_set_and_the_next_run_recovers(
             finished = False
     assert len(marks(tmp_path)) <= 1
     survivor = load_direction(tmp_path).model_id
-    assert {path.name for path in tmp_path.iterdir()} == set(FILES)
+    assert {path.name for path in tmp_path.iterdir()} == set(file_names(TEXT))
     assert marks(tmp_path) == {survivor}
     assert survivor == "new" or not finished
 
@@ -146,7 +147,7 @@ def test_a_full_disk_leaves_the_old_set_untouched(
     with pytest.raises(OutputError, match="No space left"):
         artifacts.write(marked(extraction, "new"), tmp_path)
     assert marks(tmp_path) == {"old"}
-    assert {path.name for path in tmp_path.iterdir()} == set(FILES)
+    assert {path.name for path in tmp_path.iterdir()} == set(file_names(TEXT))
 
 
 def test_other_files_in_the_folder_are_left_alone(extraction: Extraction, tmp_path: Path):

@@ -7,6 +7,7 @@ import pytest
 from refusal_direction import ChatModel
 from refusal_direction.errors import ChatTemplateError, RefusalTokenError, TokenizerError
 from refusal_direction.models import refusal_tokens
+from refusal_direction.prompts import Prompt
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -103,7 +104,7 @@ def test_a_refusal_token_outside_the_vocabulary_is_explained(chat: ChatModel, to
 
 
 def test_calibration_finds_how_the_model_refuses(chat: ChatModel, harmful: list[str]):
-    tokens = refusal_tokens.calibrated(chat, harmful)
+    tokens = refusal_tokens.calibrated(chat, [Prompt("", text) for text in harmful])
     assert tokens.texts == ("I",)
     assert "of 20 harmful prompts" in tokens.source
 
@@ -115,7 +116,7 @@ def test_calibration_on_prompts_that_are_answered_is_an_error(chat: ChatModel, h
         if not refusal_tokens.is_refusal(text)
     ]
     with pytest.raises(RefusalTokenError, match="refused none of"):
-        refusal_tokens.calibrated(chat, answered)
+        refusal_tokens.calibrated(chat, [Prompt("", text) for text in answered])
 
 
 @pytest.mark.parametrize("text", ["I cannot help with that.", " I\u2019m sorry, but", '"Sorry, no."', "As an AI, I"])

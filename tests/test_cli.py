@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from refusal_direction import cli, pipeline
-from refusal_direction.artifacts import FILES
+from refusal_direction.artifacts import file_names
+from refusal_direction.config import TEXT
 from refusal_direction.config import Config
 from refusal_direction.engine.interventions import ResidualStream
 from refusal_direction.errors import UnsupportedModelError
@@ -44,7 +45,7 @@ def test_both_spellings_of_a_flag_mean_the_same():
 def test_a_run_writes_its_files_and_prints_the_table(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     assert run("--sanity", output=tmp_path) == 0
     shown = capsys.readouterr()
-    assert {path.name for path in tmp_path.iterdir()} == set(FILES)
+    assert {path.name for path in tmp_path.iterdir()} == set(file_names(TEXT))
     for part in (
         "| Metric",
         "Ablation refusal score",
@@ -156,4 +157,4 @@ def test_every_way_of_starting_it_works_and_is_quiet(command: list[str], tmp_pat
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "Refusal direction of demo" in done.stdout
-    assert {path.name for path in tmp_path.iterdir()} == set(FILES)
+    assert {path.name for path in tmp_path.iterdir()} == set(file_names(TEXT))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from refusal_direction.engine import Candidates, Engine, Kind, Row
 from refusal_direction.engine.arguments import batch_axes
@@ -171,11 +172,40 @@ def test_layer_major_observes_what_the_hooked_forward_observes(name: str, proble
     assert max(float((first[key] - second[key]).abs().max()) for key in first) < TOLERANCE
 
 
+def _adds_between_layers(model: PreTrainedModel) -> PreTrainedModel:
+    """Let a Llama add something of each prompt's to the stream before layer 2, as Qwen3-VL does with visual features."""
+    decoder = model.get_decoder()
+
+    def forward(input_ids: Tensor, **_: Any) -> BaseModelOutputWithPast:
+        embedded = hidden = decoder.embed_tokens(input_ids)
+        places = torch.arange(input_ids.shape[1]).unsqueeze(0)
+        rotary = decoder.rotary_emb(hidden, places)
+        for index, layer in enumerate(decoder.layers):
+            if index == 2:
+                hidden = hidden + 3 * embedded.roll(1, -1)
+            hidden = layer(hidden, attention_mask=None, position_ids=places, position_embeddings=rotary)
+        return BaseModelOutputWithPast(last_hidden_state=decoder.norm(hidden))
+
+    decoder.forward = forward
+    return model
+
+
+def test_what_a_model_adds_between_layers_is_added(problem: Problem) -> None:
+    model = _adds_between_layers(build(FAMILIES["llama"]))
+    engine, given = engine_of(model, problem, 5), candidates()
+    plain = baseline_of(engine)
+    assert engine.name == "layer-major"
+    assert farthest(plain, baseline_of(engine_of(build(FAMILIES["llama"]), problem))) > 0.1  # control: it matters
+    rows = every_row(problem, given)
+    hooked = Hooked(engine.stream, problem.inputs, engine.budget)
+    assert farthest(intervened(engine, rows, given), intervened(hooked, rows, given)) < TOLERANCE
+
+
 @some_families
 def test_little_memory_for_hidden_states_means_more_passes_and_the_same_scores(name: str, problem: Problem) -> None:
     model = build(FAMILIES[name])
     whole, chunked = engine_of(model, problem), engine_of(model, problem)
-    chunked.budget.hidden_bytes = 10 * 12 * D_MODEL * 4  # some ten rows
+    chunked.budget.hidden_bytes = 5 * 12 * D_MODEL * 4  # some five rows
     expected = solve(whole, problem)
     calls = _count_calls(chunked.stream.skeleton, "tail")
     found = solve(chunked, problem)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -135,3 +138,10 @@ def test_reference_does_not_depend_on_padding(name: str) -> None:
     together = reference.logits_of(known(model, family), problem.harmful_val)[:, -1]
     apart = [reference.logits_of(known(model, family), [prompt])[0, -1] for prompt in problem.harmful_val]
     assert torch.allclose(together, torch.stack(apart), atol=1e-5, rtol=1e-5)
+
+
+def test_oracles_import_nothing_of_the_package() -> None:
+    for path in Path(reference.__file__).parent.glob("*.py"):
+        imported = [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.ImportFrom)]
+        assert not [node.module for node in imported if (node.module or "").startswith("refusal_direction")]
+        assert "import refusal_direction" not in path.read_text("utf-8")

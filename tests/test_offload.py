@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -155,9 +154,6 @@ def test_ablation_of_a_model_on_disk_is_that_in_memory(name: str, tmp_path: Path
         assert torch.allclose(model(**inputs).logits, plain(**inputs).logits, atol=1e-5)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=NotImplementedError, reason="`model.device` is meta where the embedding is on disk"
-)
 @families
 def test_model_that_is_wholly_on_disk_runs_too(name: str, tmp_path: Path, reads: Counter[str]) -> None:
     """Embedding and head too: they are read a fixed number of times, whatever the number of rows."""

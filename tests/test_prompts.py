@@ -11,7 +11,7 @@ from random import Random
 
 import pytest
 
-from refusal_direction.config import PromptSource
+from refusal_direction.config import Config, PromptSource
 from refusal_direction.errors import ConfigurationError, DownloadError, PromptFileError, TooFewPromptsError
 from refusal_direction.prompts import gather, published, read_prompts
 from refusal_direction.prompts.sets import Prompt, sample_pools, sample_splits
@@ -114,7 +114,7 @@ def test_indices_cover_everything_in_order():
 
 def test_one_own_file_alone_is_refused(tmp_path: Path):
     with pytest.raises(ConfigurationError, match="go together"):
-        gather(PromptSource(harmful=tmp_path / "harmful.txt"), "demo")
+        gather(Config(prompts=PromptSource(harmful=tmp_path / "harmful.txt")))
 
 
 @pytest.fixture

@@ -63,10 +63,18 @@ def take_rows(tree: Any, axes: Any, rows: Int[Tensor, "row"], prompts: int) -> A
     return _walk(take, tree, axes)
 
 
-def concatenate(trees: list[Any], axes: Any) -> Any:
-    """The arguments of several preludes as those of one."""
+def concatenate(trees: list[Any], axes: Any, joined: dict[int, Tensor]) -> Any:
+    """The arguments of several preludes as those of one.
+
+    Layers are given the very same tensors (a mask can be large), so `joined` remembers, by the first's identity, what has
+    been put together for the layers before.
+    """
 
     def join(tensor: Tensor, axis: int | None, *others: Tensor) -> Tensor:
-        return tensor if axis is None else torch.cat([tensor, *others], axis)
+        if axis is None or not others:
+            return tensor
+        if id(tensor) not in joined:
+            joined[id(tensor)] = torch.cat([tensor, *others], axis)
+        return joined[id(tensor)]
 
     return _walk(join, trees[0], axes, *trees[1:])

@@ -94,11 +94,11 @@ class LayerMajor:
     def _embed(self, members: list[int]) -> _Group:
         size = self.budget.rows(self._length(members[0]))
         parts = [self.skeleton.prelude(self._stack(members[at : at + size])) for at in range(0, len(members), size)]
+        joined: dict[int, Tensor] = {}
         calls = []
         for index, axes in enumerate(self._axes):
-            per_part = [part.calls[index] for part in parts]
-            joined = concatenate([(call.args, call.kwargs, call.change) for call in per_part], axes)
-            calls.append(LayerCall(*joined))
+            of_parts = [(part.calls[index].args, part.calls[index].kwargs, part.calls[index].change) for part in parts]
+            calls.append(LayerCall(*concatenate(of_parts, axes, joined)))
         return _Group(members, Prelude(torch.cat([part.hidden for part in parts]), tuple(calls)))
 
     @torch.no_grad()

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from refusal_direction.engine.residency import execution_device
 from refusal_direction.errors import ChatTemplateError, TokenizerError
+from refusal_direction.prompts.sets import Prompt
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +30,7 @@ TEMPLATE_ARGUMENTS: dict[str, Any] = {"enable_thinking": False, "date_string": _
 
 # They end in different tokens, so what their renderings have in common at the end is the template's.
 _ENDINGS = ("How are you", "Is it 7?", "Name a colour.", "(yes)", "the letter x", "Sing!")
+_GENERATED_TOGETHER = 32
 _SAMPLE = "The quick brown fox jumps over 13 lazy dogs. Why?"
 
 
@@ -89,10 +91,22 @@ class ChatModel:
             )
         return tuple(encoded[0][-shared:])
 
-    def inputs(self, request: str) -> dict[str, Tensor]:
-        """The model's inputs for a request: a batch of one, on the model's device."""
-        ids = torch.tensor([self.encode(request)], device=execution_device(self.model))
+    @property
+    def n_positions(self) -> int:
+        """How many of the last tokens give candidates."""
+        return len(self.eoi_tokens)
+
+    def inputs(self, prompt: Prompt) -> dict[str, Tensor]:
+        """The model's inputs for a prompt: a batch of one, on the model's device."""
+        ids = torch.tensor([self.encode(prompt.text)], device=execution_device(self.model))
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def first_token(self, reply: str) -> int:
+        """The token with which the model would begin this reply."""
+        before, after = self.encode("Hello"), self.encode("Hello", reply)
+        if after[: len(before)] == before:
+            return after[len(before)]
+        return int(self.tokenizer(reply, add_special_tokens=False)["input_ids"][0])
 
     def text_of(self, token: int) -> str:
         return str(self.tokenizer.decode([token]))
@@ -107,29 +121,28 @@ class ChatModel:
             )
 
     @torch.no_grad()
-    def complete(self, requests: Sequence[str], max_new_tokens: int = 32) -> list[str]:
-        """Greedy completions, in order. Requests of equal length share a batch, so nothing is padded."""
-        encoded = [self.encode(request) for request in requests]
-        by_length: dict[int, list[int]] = {}
-        for index, tokens in enumerate(encoded):
-            by_length.setdefault(len(tokens), []).append(index)
-        completions = [""] * len(requests)
-        for length, members in by_length.items():
-            for begin in range(0, len(members), 32):
-                some = members[begin : begin + 32]
-                ids = torch.tensor([encoded[index] for index in some], device=execution_device(self.model))
-                output = self._generate(ids, max_new_tokens)[:, length:]
+    def complete(self, prompts: Sequence[Prompt | str], max_new_tokens: int = 32) -> list[str]:
+        """Greedy completions, in order. Prompts of equal length share a batch, so nothing is padded."""
+        inputs = [self.inputs(Prompt("", prompt) if isinstance(prompt, str) else prompt) for prompt in prompts]
+        alike: dict[tuple[torch.Size, ...], list[int]] = {}
+        for index, tensors in enumerate(inputs):
+            alike.setdefault(tuple(tensor.shape for tensor in tensors.values()), []).append(index)
+        completions = [""] * len(prompts)
+        for members in alike.values():
+            for begin in range(0, len(members), _GENERATED_TOGETHER):
+                some = members[begin : begin + _GENERATED_TOGETHER]
+                batch = {name: torch.cat([inputs[index][name] for index in some]) for name in inputs[some[0]]}
+                output = self._generate(batch, max_new_tokens)[:, batch["input_ids"].shape[1] :]
                 for index, text in zip(
                     some, self.tokenizer.batch_decode(output, skip_special_tokens=True), strict=True
                 ):
                     completions[index] = text
         return completions
 
-    def _generate(self, ids: Tensor, max_new_tokens: int) -> Tensor:
+    def _generate(self, batch: dict[str, Tensor], max_new_tokens: int) -> Tensor:
         pad = self.tokenizer.pad_token_id
         return self.model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
+            **batch,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             top_p=None,

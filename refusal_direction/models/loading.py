@@ -7,55 +7,92 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 from weakref import finalize
 
 import psutil
 import torch
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from refusal_direction import demo
-from refusal_direction.config import DEMO_MODEL, ModelSource
+from refusal_direction.config import DEMO_MODEL, Config, ModelSource
 from refusal_direction.engine.budget import free_bytes
 from refusal_direction.errors import ConfigurationError, ModelAccessError
 from refusal_direction.models.chat import ChatModel
+from refusal_direction.models.vision import VisionChatModel
 
-__all__ = ["load_chat_model"]
+__all__ = ["load", "load_chat_model", "load_vision_model"]
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _SHARE_FOR_WEIGHTS = 0.75
+_Chat = TypeVar("_Chat", bound=ChatModel)
 _TRY_DEMO = "To see the tool at work without an account, use --model_id demo."
+
+
+def load(config: Config) -> ChatModel:
+    """Load the model that a configuration asks for: for text, or for images with text."""
+    return load_vision_model(config.model) if config.rules.images else load_chat_model(config.model)
 
 
 def load_chat_model(source: ModelSource | str) -> ChatModel:
     """Load a chat model: a Hub id, a folder, or "demo". Weights that do not fit are offloaded to CPU memory and disk.
 
-    Raises ModelAccessError (gated, unknown, out of reach), TokenizerError, ChatTemplateError, ConfigurationError.
+    Raises ModelAccessError (gated, unknown, out of reach), TokenizerError, ConfigurationError.
     """
-    if isinstance(source, str):
-        source = ModelSource(model_id=source)
-    path = str(demo.MODEL_DIR) if source.model_id == DEMO_MODEL else source.model_id
+    source = ModelSource(model_id=source) if isinstance(source, str) else source
+    model, tokenizer = _load(source, demo.MODEL_DIR, AutoModelForCausalLM, AutoTokenizer)
+    return _checked(ChatModel(model, tokenizer, **_identity(source, model)))
+
+
+def load_vision_model(source: ModelSource | str) -> VisionChatModel:
+    """Load a vision-language model, likewise.
+
+    Raises ModelAccessError (gated, unknown, out of reach), TokenizerError, ConfigurationError.
+    """
+    source = ModelSource(model_id=source) if isinstance(source, str) else source
+    model, processor = _load(
+        source, demo.MODEL_DIR.parent / "vision" / "model", AutoModelForImageTextToText, AutoProcessor
+    )
+    tokenizer = processor.tokenizer
+    return _checked(VisionChatModel(model, tokenizer, **_identity(source, model), processor=processor))
+
+
+def _identity(source: ModelSource, model: PreTrainedModel) -> dict[str, Any]:
+    return {
+        "model_id": source.model_id,
+        "revision": getattr(model.config, "_commit_hash", None),
+        "chat_template": _template(source.chat_template),
+    }
+
+
+def _checked(chat: _Chat) -> _Chat:
+    chat.check_tokenizer()
+    return chat
+
+
+def _load(source: ModelSource, demo_dir: Path, model_class: Any, tokenizer_class: Any) -> tuple[PreTrainedModel, Any]:
+    """The weights, and the tokenizer or processor."""
+    path = str(demo_dir) if source.model_id == DEMO_MODEL else source.model_id
     device = _device(source.device)
     with _access_explained(source.model_id):
         config = AutoConfig.from_pretrained(path)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        parameters = _parameters(config, source.model_id)
+        tokenizer = tokenizer_class.from_pretrained(path)
+        parameters = _parameters(config, model_class, source.model_id)
         dtype = _dtype(source.dtype, device, parameters)
         placement = _placement(source.device, device, parameters * dtype.itemsize)
         with _offload_folder(placement) as owned_by:
-            model = AutoModelForCausalLM.from_pretrained(
-                path, config=config, dtype=dtype, use_safetensors=True, **placement
-            )
+            model = model_class.from_pretrained(path, config=config, dtype=dtype, use_safetensors=True, **placement)
             owned_by(model)
-    chat = ChatModel(
-        model=model.eval(),
-        tokenizer=tokenizer,
-        model_id=source.model_id,
-        revision=getattr(config, "_commit_hash", None),
-        chat_template=_template(source.chat_template),
-    )
-    chat.check_tokenizer()
-    return chat
+    return model.eval(), tokenizer
 
 
 def _device(asked: str) -> torch.device:
@@ -75,15 +112,15 @@ def _device(asked: str) -> torch.device:
     return device
 
 
-def _parameters(config: PretrainedConfig, model_id: str) -> int:
+def _parameters(config: PretrainedConfig, model_class: Any, model_id: str) -> int:
     """How many weights the model has, without loading any."""
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = model_class.from_config(config)
     except ValueError as error:
         raise ModelAccessError(
-            f"{model_id} is a {config.model_type}, which transformers does not know as a causal language model. Use a chat "
-            "model."
+            f"{model_id} is a {config.model_type}, which transformers does not know as a model of this kind. Use a chat model, "
+            "or, with extract_refusal_direction_vlm.py, a vision-language model."
         ) from error
     return sum(weight.numel() for weight in model.parameters())
 

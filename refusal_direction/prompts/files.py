@@ -12,7 +12,7 @@ from typing import Any
 from refusal_direction.errors import PromptFileError
 from refusal_direction.prompts.sets import Prompt
 
-__all__ = ["read_prompts"]
+__all__ = ["json_lines", "read_prompts"]
 
 _KEYS = ("instruction", "prompt", "text")
 _SHAPES = {
@@ -42,13 +42,23 @@ def read_prompts(path: Path) -> tuple[Prompt, ...]:
     return tuple(Prompt(f"{path.stem}/{index}", prompt) for index, prompt in enumerate(prompts))
 
 
+def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """Each line's number and its JSON value; empty lines are passed over.
+
+    Raises PromptFileError at a line that is not JSON.
+    """
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+        if line.strip():
+            yield number, _parsed(path, line, number)
+
+
 def _entries(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     """Each entry with the name of its place, for messages."""
     lines = enumerate(text.splitlines(), start=1)
     if path.suffix == ".txt":
         yield from ((f"line {number}", line) for number, line in lines if line.strip())
     elif path.suffix == ".jsonl":
-        yield from ((f"line {number}", _parsed(path, line, number)) for number, line in lines if line.strip())
+        yield from ((f"line {number}", value) for number, value in json_lines(path))
     elif path.suffix == ".csv":
         reader = csv.DictReader(io.StringIO(text, newline=""))
         yield from ((f"line {reader.line_num}", row) for row in reader)

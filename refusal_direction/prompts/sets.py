@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import TYPE_CHECKING
 
 from refusal_direction.errors import TooFewPromptsError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 __all__ = ["Prompt", "PromptSets", "sample_pools", "sample_splits"]
 
@@ -18,6 +22,8 @@ class Prompt:
     id: str
     """Where it comes from: the file's stem and the place in it, as in "harmful_train/17"."""
     text: str
+    image: Image | None = None
+    """The image that goes with it, in RGB."""
 
 
 @dataclass(frozen=True)

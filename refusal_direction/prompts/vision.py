@@ -1,0 +1,187 @@
+"""Prompts of an image and a question: harmful from MM-SafetyBench, harmless from COCO, or a folder of one's own."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import datasets
+from PIL import Image, UnidentifiedImageError
+
+from refusal_direction.errors import DownloadError, PromptFileError, TooFewPromptsError
+from refusal_direction.prompts.files import json_lines
+from refusal_direction.prompts.images import UnusableImageError, usable
+from refusal_direction.prompts.sets import Prompt, PromptSets
+
+__all__ = [
+    "CATEGORIES",
+    "HARMFUL",
+    "HARMLESS",
+    "QUESTIONS",
+    "harmful_pairs",
+    "harmless_pairs",
+    "read_folder",
+    "shuffled",
+]
+
+log = logging.getLogger(__name__)
+
+HARMFUL = "PKU-Alignment/MM-SafetyBench"
+HARMLESS = "detection-datasets/coco"
+CATEGORIES = (
+    "Illegal_Activitiy",  # spelled so there
+    "HateSpeech",
+    "Malware_Generation",
+    "Physical_Harm",
+    "EconomicHarm",
+    "Fraud",
+    "Sex",
+    "Political_Lobbying",
+    "Privacy_Violence",
+    "Legal_Opinion",
+    "Financial_Advice",
+    "Health_Consultation",
+    "Gov_Decision",
+)
+QUESTIONS = (
+    "What is shown in this image?",
+    "Describe the scene in this picture.",
+    "What objects can you see here?",
+    "What colours stand out in this photo?",
+    "Where might this photo have been taken?",
+)
+_PER_CATEGORY = 50
+_HARMLESS_IMAGES = 500
+_SPELLINGS = {"Illegal_Activitiy": "Illegal_Activity"}
+_UNREACHABLE = (
+    OSError,
+    ValueError,
+    datasets.exceptions.DatasetNotFoundError,
+    datasets.exceptions.DatasetGenerationError,
+)
+
+
+def harmful_pairs(source: str = HARMFUL) -> list[Prompt]:
+    """Up to 50 pairs of each category; a category that cannot be loaded is named in a warning.
+
+    Raises DownloadError where none can be.
+    """
+    pairs: list[Prompt] = []
+    reasons = []
+    for category in CATEGORIES:
+        try:
+            rows = islice(_load(source, category), _PER_CATEGORY)
+            pairs += _pairs(category, ((row["image"], row["question"]) for row in rows))
+        except (*_UNREACHABLE, KeyError) as error:
+            reasons.append(f"{category}: {error}")
+            log.warning("%s could not be loaded from %s (%s); it is left out.", category, source, _first_line(error))
+    if not pairs:
+        raise DownloadError(
+            f"No category of {source} could be loaded ({_first_line(reasons[0])}). Check the network, pass your own pairs with "
+            "--harmful and --harmless, or try --model_id demo, which needs no download."
+        )
+    return pairs
+
+
+def _load(source: str, category: str) -> Iterable[Any]:
+    """The rows of a category, under either spelling of its name."""
+    names = [category, _SPELLINGS[category]] if category in _SPELLINGS else [category]
+    for name in names[:-1]:
+        try:
+            return _undecoded(datasets.load_dataset(source, name, split="SD"))
+        except ValueError:  # there is no configuration of that name
+            log.debug("%s has no configuration %s", source, name)
+    return _undecoded(datasets.load_dataset(source, names[-1], split="SD"))
+
+
+def harmless_pairs(source: str = HARMLESS, seed: int = 42) -> list[Prompt]:
+    """The first 500 images, each with one of five questions.
+
+    Raises DownloadError where they cannot be loaded.
+    """
+    rng = Random(seed)
+    try:
+        stream = _undecoded(datasets.load_dataset(source, split="train", streaming=True))
+        rows = ((row["image"], rng.choice(QUESTIONS)) for row in islice(stream, _HARMLESS_IMAGES))
+        return _pairs("coco", rows)
+    except _UNREACHABLE as error:
+        raise DownloadError(
+            f"{source} could not be loaded ({_first_line(error)}). Check the network, pass your own pairs with --harmful and "
+            "--harmless, or try --model_id demo, which needs no download."
+        ) from error
+
+
+def _undecoded(rows: Any) -> Any:
+    """Images as bytes: one that cannot be decoded must not stop the others."""
+    return rows.cast_column("image", datasets.Image(decode=False))
+
+
+def _first_line(error: object) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _pairs(name: str, rows: Iterable[tuple[Any, str]]) -> list[Prompt]:
+    """Prompts of the rows whose image can be shown; the others are counted in a warning."""
+    pairs, unusable = [], []
+    for index, (raw, question) in enumerate(rows):
+        try:
+            pairs.append(Prompt(f"{name}/{index}", question, usable(_opened(raw))))
+        except UnusableImageError as error:
+            unusable.append(f"{name}/{index}: {error}")
+    if unusable:
+        log.warning("%d of the images of %s cannot be shown and are left out (%s).", len(unusable), name, unusable[0])
+    return pairs
+
+
+def _opened(raw: dict[str, Any]) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(raw["bytes"]) if raw.get("bytes") is not None else raw["path"])
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise UnusableImageError(str(error)) from error
+
+
+def read_folder(folder: Path) -> list[Prompt]:
+    """Own pairs, in the Hub's imagefolder convention: metadata.jsonl with `file_name` and `question`, images beside it.
+
+    Raises PromptFileError, naming the folder, where that is not what it holds.
+    """
+    if not (folder / "metadata.jsonl").is_file():
+        raise PromptFileError(
+            f"{folder}: there is no metadata.jsonl in it. Expected a folder of images with a metadata.jsonl, one "
+            'JSON object with "file_name" and "question" a line.'
+        )
+    return _pairs(folder.name, _own_rows(folder))
+
+
+def _own_rows(folder: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    for line, entry in json_lines(folder / "metadata.jsonl"):
+        if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("file_name", "question")):
+            raise PromptFileError(f"{folder / 'metadata.jsonl'}: line {line} lacks a file_name or a question.")
+        path = folder / entry["file_name"]
+        if not path.is_file():
+            raise PromptFileError(f"{folder / 'metadata.jsonl'}: line {line} names {path.name}, which is not there.")
+        yield {"bytes": path.read_bytes()}, entry["question"]
+
+
+def shuffled(harmful: list[Prompt], harmless: list[Prompt], *, n_train: int, n_val: int, seed: int) -> PromptSets:
+    """Shuffle each pool with one generator, harmful first; train and validation are taken from its head.
+
+    Raises TooFewPromptsError.
+    """
+    rng = Random(seed)
+    parts = {}
+    for kind, pool in (("harmful", list(harmful)), ("harmless", list(harmless))):
+        if len(pool) < n_train + n_val:
+            raise TooFewPromptsError(
+                f"There are {len(pool)} {kind} pairs, but {n_train} + {n_val} were asked for. Lower --n_train or --n_val "
+                "(VLM_N_TRAIN, VLM_N_VAL), or add pairs."
+            )
+        rng.shuffle(pool)
+        parts[f"{kind}_train"] = tuple(pool[:n_train])
+        parts[f"{kind}_val"] = tuple(pool[n_train : n_train + n_val])
+    return PromptSets(**parts)
