@@ -1,10 +1,11 @@
 """This engine against the naive way, side by side in one run: time, scores, peak memory, share of the machine's own rate.
 
     python benchmarks/scoring.py [--data_dir data] [--layers 12] [--n_train 128] [--n_val 32]
+    python benchmarks/scoring.py --vlm
 
 The naive way is the published loop: a candidate at a time, batches of 32 prompts padded to the longest, hooks on every
 layer, logits of all positions. Both run on a random 55M-parameter Gemma in float32 with the published prompts (the demo's, if
-they have not been downloaded). Each runs in a process of its own; this engine runs before and after the naive way.
+they have not been downloaded); see vision.py for --vlm. Each runs in a process of its own; this engine runs before and after the naive way.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
+import vision
 from torch import Tensor
 from transformers import AutoTokenizer, GemmaConfig, GemmaForCausalLM
 
@@ -176,23 +180,27 @@ def matrix_rate() -> float:
 
 
 def _measured(name: str, options: argparse.Namespace, pipe: Any) -> None:
-    chat, sets = setting(options)
     rate = matrix_rate()
+    if options.vlm:
+        case = vision.Setting(options.layers, options.n_train, options.n_val)
+        model, layers = case.model, case.model.model.language_model.layers
+        run = partial(vision.ours, case) if name == "ours" else vision.Naive(case).run
+    else:
+        chat, sets = setting(options)
+        model, layers = chat.model, chat.model.model.layers
+        run = partial(ours, chat, sets) if name == "ours" else Naive(chat, sets).run
     before = psutil.Process().memory_info().rss
     begin = time.perf_counter()
-    scores = ours(chat, sets) if name == "ours" else Naive(chat, sets).run()
+    scores = run()
     seconds = time.perf_counter() - begin
-    rate = max(rate, matrix_rate())
-    layer = sum(weight.numel() for weight in chat.model.model.layers[0].parameters())
     pipe.send(
         {
             "seconds": seconds,
-            "rate": rate,
+            "rate": max(rate, matrix_rate()),
             "memory": peak_bytes(torch.device("cpu")) - before,
-            "flops_a_token_layer": 2 * layer,
-            "parameters": chat.model.num_parameters(),
-            "positions": len(chat.eoi_tokens),
-            "scores": {key: value.numpy() for key, value in scores.items()},
+            "flops_a_token_layer": 2 * sum(weight.numel() for weight in layers[0].parameters()),
+            "parameters": model.num_parameters(),
+            "scores": {key: value.numpy() if isinstance(value, Tensor) else value for key, value in scores.items()},
         }
     )
 
@@ -211,37 +219,51 @@ def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def report(runs: list[tuple[str, dict[str, Any]]]) -> None:
+    """Print both sides and how they compare."""
+    for name, run in runs:
+        print(f"{name:6s} {run['seconds']:7.1f} s   peak memory above the model {run['memory'] / 2**20:6.0f} MiB")
+        for lap, seconds in run["scores"].get("laps", {}).items():
+            print(f"         {seconds:7.1f} s   {lap}")
+    mine = [run for name, run in runs if name == "ours"]
+    naive = [run for name, run in runs if name == "naive"]
+    for run in mine:
+        if "token_layers" in run["scores"]:
+            reached = run["scores"]["token_layers"] * run["flops_a_token_layer"] / run["seconds"]
+            print(
+                f"ours reaches {reached / 1e9:.0f} GFLOP/s in all, {reached / run['rate']:.0%} of the machine's "
+                f"{run['rate'] / 1e9:.0f} on a plain matrix product"
+            )
+    if mine and naive:
+        ours, theirs = mine[0]["scores"], naive[0]["scores"]
+        difference = max(float(np.nanmax(abs(ours[key] - theirs[key]))) for key in ("ablation", "steering", "kl"))
+        ratio = naive[0]["seconds"] / (sum(run["seconds"] for run in mine) / len(mine))
+        print(f"ratio naive / ours: {ratio:.2f}   largest score difference: {difference:.1e}")
+        if "finalists" in ours:
+            print(
+                f"same survivors: {ours['finalists'] == theirs['finalists']}   "
+                f"same selection: {ours['selected'] == theirs['selected']}"
+            )
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--vlm", action="store_true", help="the vision-language loop on a random PaliGemma 2")
     arguments.add_argument("--data_dir", type=Path, default=Path("data"))
     arguments.add_argument(
         "--tokenizer", default=str(demo.MODEL_DIR), help="folder of a tokenizer with a chat template"
     )
     arguments.add_argument("--layers", type=int, default=12)
-    arguments.add_argument("--n_train", type=int, default=128)
-    arguments.add_argument("--n_val", type=int, default=32)
+    arguments.add_argument("--n_train", type=int, help="prompts of each kind (128; 16 with --vlm)")
+    arguments.add_argument("--n_val", type=int, help="prompts of each kind (32; 8 with --vlm)")
     arguments.add_argument("--only", choices=("ours", "naive"), help="run one of them alone, to profile it")
     options = arguments.parse_args()
+    options.n_train = options.n_train or (16 if options.vlm else 128)
+    options.n_val = options.n_val or (8 if options.vlm else 32)
     order = (options.only,) if options.only else ("ours", "naive", "ours")
     runs = [(name, measured(name, options)) for name in order]
-    for name, run in runs:
-        print(f"{name:6s} {run['seconds']:7.1f} s   peak memory above the model {run['memory'] / 2**20:6.0f} MiB")
-    mine = [run for name, run in runs if name == "ours"]
-    naive = [run for name, run in runs if name == "naive"]
-    for run in mine:
-        reached = run["scores"]["token_layers"] * run["flops_a_token_layer"] / run["seconds"]
-        print(
-            f"ours reaches {reached / 1e9:.0f} GFLOP/s in all, {reached / run['rate']:.0%} of the machine's "
-            f"{run['rate'] / 1e9:.0f} on a plain matrix product"
-        )
-    if mine and naive:
-        difference = max(
-            float(abs(mine[0]["scores"][key] - naive[0]["scores"][key]).max()) for key in ("ablation", "steering", "kl")
-        )
-        ratio = naive[0]["seconds"] / (sum(run["seconds"] for run in mine) / len(mine))
-        print(f"ratio naive / ours: {ratio:.2f}   largest score difference: {difference:.1e}")
-    first = runs[0][1]
-    shape = {"parameters": first["parameters"], "layers": options.layers, "positions": first["positions"]}
+    report(runs)
+    shape = {"parameters": runs[0][1]["parameters"], "layers": options.layers, "torch": torch.__version__}
     print(json.dumps({**shape, "n_train": options.n_train, "n_val": options.n_val, "threads": torch.get_num_threads()}))
 
 

@@ -1,0 +1,239 @@
+"""The vision-language side of scoring.py: a random PaliGemma 2, this engine, and the published loop.
+
+About 60M parameters with 256 image tokens. The shares of the vision tower and of the logits of all positions in a naive
+forward are those of PaliGemma 2 3B (16% and 22%). Both sides ablate at Gemma 2's true residual writes, so that their
+scores can be compared; published code hooks the modules before the norms.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Gemma2Config, PaliGemmaConfig, PaliGemmaForConditionalGeneration, SiglipVisionConfig
+
+from refusal_direction.config import VISION, Thresholds
+from refusal_direction.directions import mean_difference, unit
+from refusal_direction.engine import Candidates, Engine
+from refusal_direction.engine.interventions import ResidualStream
+from refusal_direction.metrics import kl_divergence, refusal_score
+from refusal_direction.models.refusal_tokens import RefusalTokens
+from refusal_direction.scoring import ALL, Measure, intervention_rows, measure_baseline, score_candidates
+from refusal_direction.selection import CandidateScore, select_survivor, survivors
+
+POSITIONS = 3
+BATCH = 8
+IMAGE_TOKEN = 30_463
+REFUSAL = RefusalTokens((7, 11), ("a", "b"), "the benchmark")
+WHOLE = Thresholds(kl=1e9)  # random weights: let the KL rank, not exclude
+
+Prompts = list[dict[str, Tensor]]
+
+
+def random_paligemma(n_layers: int) -> PaliGemmaForConditionalGeneration:
+    torch.manual_seed(0)
+    vision = SiglipVisionConfig(
+        hidden_size=320,
+        intermediate_size=1280,
+        num_hidden_layers=8,
+        num_attention_heads=5,
+        image_size=224,
+        patch_size=14,
+        projection_dim=448,
+    )
+    text = Gemma2Config(
+        vocab_size=30_464,
+        hidden_size=448,
+        intermediate_size=1792,
+        num_hidden_layers=n_layers,
+        num_attention_heads=7,
+        num_key_value_heads=7,
+        head_dim=64,
+        query_pre_attn_scalar=64,
+        initializer_range=0.05,
+    )
+    config = PaliGemmaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN, projection_dim=448)
+    return PaliGemmaForConditionalGeneration(config).eval()
+
+
+def prompts(count: int, kind: int) -> Prompts:
+    """Random images with questions of 6 to 13 tokens; the two kinds differ in brightness and vocabulary."""
+    generator = torch.Generator().manual_seed(kind)
+    made = []
+    for _ in range(count):
+        length = int(torch.randint(6, 14, (1,), generator=generator))
+        question = torch.randint(100 + 5000 * kind, 5000 + 5000 * kind, (1, length), generator=generator)
+        ids = torch.cat([torch.full((1, 256), IMAGE_TOKEN), question], dim=1)
+        made.append(
+            {
+                "input_ids": ids,
+                "attention_mask": torch.ones_like(ids),
+                "token_type_ids": torch.zeros_like(ids),
+                "pixel_values": torch.randn(1, 3, 224, 224, generator=generator) + kind,
+            }
+        )
+    return made
+
+
+class Setting:
+    """The model, and prompts in the order harmful_train, harmless_train, harmful_val, harmless_val."""
+
+    def __init__(self, n_layers: int, n_train: int, n_val: int) -> None:
+        self.model = random_paligemma(n_layers)
+        self.harmful, self.harmless = prompts(n_train + n_val, 0), prompts(n_train + n_val, 1)
+        self.n_train, self.n_val = n_train, n_val
+
+
+def ours(setting: Setting) -> dict[str, Any]:
+    n_train, n_val = setting.n_train, setting.n_val
+    everything = [
+        *setting.harmful[:n_train], *setting.harmless[:n_train], *setting.harmful[n_train:], *setting.harmless[n_train:]
+    ]  # fmt: skip
+    kept = {
+        "harmful_val": list(range(2 * n_train, 2 * n_train + n_val)),
+        "harmless_val": list(range(2 * n_train + n_val, 2 * n_train + 2 * n_val)),
+    }
+    seconds = {}
+    begin = time.perf_counter()
+
+    def lap(name: str) -> None:
+        nonlocal begin
+        seconds[name] = time.perf_counter() - begin
+        begin = time.perf_counter()
+
+    engine = Engine(ResidualStream(setting.model), everything)
+    lap("vision tower and embedding merge, once a prompt")
+    baseline = measure_baseline(engine, REFUSAL, POSITIONS, observed=range(2 * n_train), kept=kept["harmless_val"])
+    means = mean_difference(baseline.activations[:n_train], baseline.activations[n_train:])
+    flat = Candidates(means.flatten(0, 1), tuple(range(means.shape[1])) * POSITIONS)
+    lap("sweep 1, baseline")
+
+    def scored(measures: frozenset[Measure], among: list[int] | None) -> Any:
+        rows = intervention_rows(
+            flat, harmful=kept["harmful_val"], harmless=kept["harmless_val"], measures=measures, among=among
+        )
+        return score_candidates(engine, REFUSAL, flat, rows, baseline, kept)
+
+    scores = scored(frozenset({Measure.KL}), None)
+    lap("sweep 2, KL of every candidate")
+    finalists = survivors(
+        _means(scores.ablation, scores.steering, scores.kl, means.shape[1]), means.shape[1], WHOLE, VISION.top_k or 15
+    )
+    scores = scores.with_more(scored(ALL - {Measure.KL}, finalists))
+    lap("sweep 3, ablation and steering of the survivors")
+    chosen = select_survivor(
+        _means(scores.ablation, scores.steering, scores.kl, means.shape[1]),
+        finalists,
+        WHOLE,
+        float(baseline.refusal[kept["harmless_val"]].mean()),
+    )
+    return {
+        "ablation": scores.ablation,
+        "steering": scores.steering,
+        "kl": scores.kl,
+        "finalists": finalists,
+        "selected": chosen.index,
+        "laps": seconds,
+    }
+
+
+def _means(ablation: Tensor, steering: Tensor, kl: Tensor, n_layers: int) -> list[CandidateScore]:
+    columns = zip(ablation.mean(1).tolist(), steering.mean(1).tolist(), kl.mean(1).tolist(), strict=True)
+    return [CandidateScore(i // n_layers - POSITIONS, i % n_layers, *row) for i, row in enumerate(columns)]
+
+
+class Naive:
+    """The published loop: tower and logits of all positions for every candidate; KL first, 15 survivors."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting, self.model = setting, setting.model
+        self.layers = setting.model.model.language_model.layers
+
+    @torch.no_grad()
+    def last_logits(self, some: Prompts) -> Tensor:
+        found = []
+        for begin in range(0, len(some), BATCH):
+            batch = some[begin : begin + BATCH]
+            longest = max(one["input_ids"].shape[1] for one in batch)
+            inputs = {name: torch.cat([_padded(one[name], longest, name) for one in batch]) for name in batch[0]}
+            found.append(self.model(**inputs, use_cache=False).logits[:, -1])
+        return torch.cat(found)
+
+    @contextmanager
+    def hooked(self, change: Callable[[Tensor], Tensor], layers: Any, outputs: bool) -> Iterator[None]:
+        handles = [
+            layer.register_forward_pre_hook(lambda module, args: (change(args[0]), *args[1:])) for layer in layers
+        ]
+        if outputs:
+            handles += [
+                part.register_forward_hook(lambda module, args, output: change(output))
+                for layer in layers
+                for part in (layer.post_attention_layernorm, layer.post_feedforward_layernorm)
+            ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def mean_activations(self, some: Prompts) -> Tensor:
+        total = torch.zeros(POSITIONS, len(self.layers), 448, dtype=torch.float64)
+
+        def adding(index: int) -> Callable[..., None]:
+            def add(module: Any, args: Any) -> None:
+                total[:, index] += args[0][:, -POSITIONS:].double().sum(0)
+
+            return add
+
+        handles = [layer.register_forward_pre_hook(adding(index)) for index, layer in enumerate(self.layers)]
+        self.last_logits(some)
+        for handle in handles:
+            handle.remove()
+        return total / len(some)
+
+    def run(self) -> dict[str, Any]:
+        n_train = self.setting.n_train
+        harmful, harmless = self.setting.harmful[n_train:], self.setting.harmless[n_train:]
+        self.last_logits(harmful)
+        before = self.last_logits(harmless)
+        means = self.mean_activations(self.setting.harmful[:n_train]) - self.mean_activations(
+            self.setting.harmless[:n_train]
+        )
+        r, n_layers = means.flatten(0, 1), len(self.layers)
+        u = unit(r).float()
+        nothing = torch.full((len(r), len(harmless)), torch.nan, dtype=torch.float64)
+        kl, ablation, steering = nothing.clone(), nothing.clone(), nothing.clone()
+
+        def ablated(index: int) -> Any:
+            return self.hooked(lambda x: x - (x @ u[index]).unsqueeze(-1) * u[index], self.layers, outputs=True)
+
+        for index in range(len(r)):
+            with ablated(index):
+                kl[index] = kl_divergence(before, self.last_logits(harmless))
+        finalists = survivors(_means(ablation, steering, kl, n_layers), n_layers, WHOLE, VISION.top_k or 15)
+        for index in finalists:
+            with ablated(index):
+                ablation[index] = refusal_score(self.last_logits(harmful), REFUSAL.ids)
+            with self.hooked(lambda x, i=index: x + r[i].float(), [self.layers[index % n_layers]], outputs=False):
+                steering[index] = refusal_score(self.last_logits(harmless), REFUSAL.ids)
+        chosen = select_survivor(
+            _means(ablation, steering, kl, n_layers), finalists, WHOLE, float(refusal_score(before, REFUSAL.ids).mean())
+        )
+        return {
+            "ablation": ablation,
+            "steering": steering,
+            "kl": kl,
+            "finalists": finalists,
+            "selected": chosen.index,
+        }
+
+
+def _padded(tensor: Tensor, length: int, name: str) -> Tensor:
+    """Padded on the left, as batches of prompts are."""
+    if name == "pixel_values":
+        return tensor
+    return torch.nn.functional.pad(tensor, (length - tensor.shape[1], 0))

@@ -1,0 +1,200 @@
+"""Image-and-question prompts: real loading code on local data of the same schema, and images of every kind."""
+
+import io
+import json
+import logging
+from pathlib import Path
+
+import datasets
+import pytest
+from PIL import Image
+
+from refusal_direction.errors import DownloadError, PromptFileError, TooFewPromptsError
+from refusal_direction.prompts import Prompt, vision
+from refusal_direction.prompts.images import UnusableImageError, usable
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def picture(
+    colour: str = "red", size: tuple[int, int] = (8, 6), form: str = "PNG", mode: str = "RGB", **options
+) -> bytes:
+    buffer = io.BytesIO()
+    Image.new(mode, size, colour).save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def parquet(path: Path, images: list[bytes], **columns: list[object]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = {**columns, "image": [{"bytes": image, "path": None} for image in images]}
+    datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).to_parquet(path)
+
+
+def benchmark(folder: Path, categories: dict[str, list[bytes]]) -> str:
+    """A repository laid out as MM-SafetyBench is: a configuration for each category, with a split SD."""
+    lines = ["---", "configs:"]
+    for category, images in categories.items():
+        questions = [f"{category} question {index}" for index in range(len(images))]
+        ids = [str(index) for index in range(len(images))]
+        parquet(folder / f"data/{category}/SD.parquet", images, id=ids, question=questions)
+        lines += [f"- config_name: {category}", "  data_files:", "  - split: SD"]
+        lines += [f"    path: data/{category}/SD.parquet"]
+    (folder / "README.md").write_text("\n".join([*lines, "---", ""]))
+    return str(folder)
+
+
+def test_every_category_gives_at_most_fifty_pairs_in_order(tmp_path: Path):
+    source = benchmark(
+        tmp_path / "mm", {name: [picture()] * 53 if name == "Fraud" else [picture()] * 2 for name in vision.CATEGORIES}
+    )
+    pairs = vision.harmful_pairs(source)
+    assert len(pairs) == 12 * 2 + 50
+    assert (pairs[0].id, pairs[0].text) == ("Illegal_Activitiy/0", "Illegal_Activitiy question 0")
+    assert pairs[0].image is not None
+    assert pairs[0].image.mode == "RGB"
+
+
+def test_both_spellings_of_the_misspelt_category_are_accepted(tmp_path: Path):
+    names = ["Illegal_Activity" if name == "Illegal_Activitiy" else name for name in vision.CATEGORIES]
+    pairs = vision.harmful_pairs(benchmark(tmp_path / "mm", {name: [picture()] for name in names}))
+    assert len(pairs) == len(vision.CATEGORIES)
+
+
+def test_a_category_that_is_missing_is_named_in_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    names = [name for name in vision.CATEGORIES if name != "Sex"]
+    pairs = vision.harmful_pairs(benchmark(tmp_path / "mm", {name: [picture()] for name in names}))
+    assert len(pairs) == 12
+    assert [record.getMessage().split()[0] for record in caplog.records] == ["Sex"]
+
+
+def test_no_category_at_all_is_an_error(tmp_path: Path):
+    with pytest.raises(DownloadError, match="No category of .* could be loaded"):
+        vision.harmful_pairs(str(tmp_path / "nowhere"))
+
+
+def test_harmless_images_get_one_of_five_questions_drawn_with_the_seed(tmp_path: Path):
+    parquet(tmp_path / "coco/data/train-0.parquet", [picture()] * 20, image_id=list(range(20)))
+    first, again = (vision.harmless_pairs(str(tmp_path / "coco")) for _ in range(2))
+    assert [pair.text for pair in first] == [pair.text for pair in again]
+    assert len({pair.text for pair in first}) > 2
+    assert {pair.text for pair in first} <= set(vision.QUESTIONS)
+
+
+def test_harmless_images_that_cannot_be_loaded_are_an_error(tmp_path: Path):
+    with pytest.raises(DownloadError, match="could not be loaded"):
+        vision.harmless_pairs(str(tmp_path / "nowhere"))
+
+
+def test_images_that_cannot_be_shown_are_left_out_with_a_count(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    whole = picture(size=(64, 64), form="JPEG")
+    bad = [whole, whole[: len(whole) // 2], b"not an image", picture()]
+    pairs = vision.harmful_pairs(benchmark(tmp_path / "mm", {name: bad for name in vision.CATEGORIES[:2]}))
+    assert [pair.id for pair in pairs[:2]] == ["Illegal_Activitiy/0", "Illegal_Activitiy/3"]
+    assert any(
+        "2 of the images of Illegal_Activitiy cannot be shown" in record.getMessage() for record in caplog.records
+    )
+
+
+def opened(content: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(content))
+
+
+@pytest.mark.parametrize(
+    ("content", "size"),
+    [
+        (picture(mode="CMYK", colour=(0, 255, 255, 0), form="JPEG"), (8, 6)),
+        (picture(mode="L", colour=200), (8, 6)),
+        (picture(mode="P", colour=3), (8, 6)),
+        (picture(mode="I;16", colour=3), (8, 6)),
+        (picture(size=(10_000, 500)), (2048, 102)),
+    ],
+    ids=["CMYK", "grey", "palette", "16 bit", "10,000 pixels wide"],
+)
+def test_any_kind_of_image_becomes_rgb_of_reasonable_size(content: bytes, size: tuple[int, int]):
+    shown = usable(opened(content))
+    assert (shown.mode, shown.size) == ("RGB", size)
+
+
+def test_an_image_is_turned_upright():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotated by a quarter
+    assert usable(opened(picture(form="JPEG", exif=exif.tobytes()))).size == (6, 8)
+
+
+def test_the_first_frame_of_an_animation_is_shown():
+    buffer = io.BytesIO()
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:])
+    image = opened(buffer.getvalue())
+    image.seek(1)
+    assert usable(image).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_transparency_is_shown_on_white():
+    assert usable(opened(picture(mode="RGBA", colour=(0, 0, 0, 0)))).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_an_empty_image_cannot_be_shown():
+    with pytest.raises(UnusableImageError, match="no pixels"):
+        usable(Image.new("RGB", (0, 5)))
+
+
+def own(folder: Path, lines: list[object]) -> Path:
+    folder.mkdir()
+    (folder / "a.png").write_bytes(picture())
+    (folder / "metadata.jsonl").write_text(
+        "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
+    )
+    return folder
+
+
+def test_a_folder_of_ones_own_is_read_in_order(tmp_path: Path):
+    folder = own(
+        tmp_path / "own", [{"file_name": "a.png", "question": "Why?"}, {"file_name": "a.png", "question": "What?"}]
+    )
+    assert [(pair.id, pair.text) for pair in vision.read_folder(folder)] == [("own/0", "Why?"), ("own/1", "What?")]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"file_name": "a.png"', "line 1 is not valid JSON"),
+        ({"file_name": "a.png"}, "line 1 lacks"),
+        ({"file_name": "b.png", "question": "Why?"}, "line 1 names b.png, which is not there"),
+    ],
+)
+def test_a_malformed_folder_is_named_with_its_line(tmp_path: Path, line: object, said: str):
+    with pytest.raises(PromptFileError, match=said):
+        vision.read_folder(own(tmp_path / "own", [line]))
+
+
+def test_a_folder_without_metadata_is_explained(tmp_path: Path):
+    with pytest.raises(PromptFileError, match=r"there is no metadata\.jsonl"):
+        vision.read_folder(tmp_path)
+
+
+def test_pools_are_shuffled_with_one_generator_and_split_from_the_head():
+    from random import Random
+
+    harmful, harmless = ([Prompt(f"{kind}/{i}", str(i)) for i in range(10)] for kind in ("bad", "good"))
+    sets = vision.shuffled(harmful, harmless, n_train=4, n_val=2, seed=42)
+    rng = Random(42)
+    expected = [list(harmful), list(harmless)]
+    for pool in expected:
+        rng.shuffle(pool)
+    assert [*sets.harmful_train, *sets.harmful_val] == expected[0][:6]
+    assert [*sets.harmless_train, *sets.harmless_val] == expected[1][:6]
+
+
+def test_too_few_pairs_are_an_error():
+    with pytest.raises(TooFewPromptsError, match=r"There are 1 harmful pairs, but 4 \+ 2 were asked for"):
+        vision.shuffled([Prompt("a", "b")], [], n_train=4, n_val=2, seed=42)
+
+
+def test_warnings_are_of_the_package(caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.WARNING), pytest.raises(DownloadError):
+        vision.harmful_pairs("/nowhere")
+    assert {record.name for record in caplog.records} == {"refusal_direction.prompts.vision"}
