@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-__all__ = ["ablate", "mean_difference", "precise", "unit", "NULL_NORM"]
+__all__ = ["ablate", "mean_difference", "precise", "share_along", "unit", "NULL_NORM"]
 
 NULL_NORM = 1e-12
 """A candidate shorter than this intervenes nowhere: its ablation scales x by less than one part in 10^8 (see `unit`)."""
@@ -34,8 +34,9 @@ def mean_difference(
 
 
 def unit(r: Float[Tensor, "*site d_model"]) -> Float[Tensor, "*site d_model"]:
-    """r / (|r| + 1e-8): unit length, and zero for a zero vector, in r's dtype."""
-    return r / (r.norm(dim=-1, keepdim=True) + 1e-8)
+    """r / (|r| + 1e-8): unit length, and zero for a zero vector. In r's dtype, computed in float32 at least."""
+    wide = r.to(torch.promote_types(r.dtype, torch.float32))  # in float16 1e-8 is zero
+    return (wide / (wide.norm(dim=-1, keepdim=True) + 1e-8)).to(r.dtype)
 
 
 def ablate(
@@ -44,9 +45,26 @@ def ablate(
     """x - (x . u) u (paper, eq. 5), each row its own u, or one u for all; in x's dtype.
 
     Some modules hand on `x` flattened to (row * token, d_model); the result then has that shape too.
+
+    Raises ValueError where u has another number of rows than x.
     """
     if u.ndim == 1:
         return torch.addcmul(x, (x @ u).unsqueeze(-1), u, value=-1)
-    rows = x.reshape(u.shape[0], -1, u.shape[-1])
+    if x.shape[0] % len(u) or (x.ndim == 3 and x.shape[0] != len(u)):
+        raise ValueError(f"{len(u)} directions for {x.shape[0]} rows: give one direction, or one for each row.")
+    rows = x.reshape(len(u), -1, u.shape[-1])
     along = torch.bmm(rows, u.unsqueeze(-1))
     return torch.baddbmm(rows, along, u.unsqueeze(1), alpha=-1).view(x.shape)
+
+
+def share_along(x: Float[Tensor, "row token d_model"], u: Float[Tensor, "row d_model"]) -> float:
+    """The largest |x . u| / |x| of all rows and tokens, in float32.
+
+    Rows whose u falls short of unit length (a direction of about 1e-8) are passed over: ablation leaves some of it.
+    """
+    whole = u.float().norm(dim=-1) > 1 - 1e-5
+    x, u = x[whole.to(x.device)].float(), u[whole].to(x.device).float()
+    if not len(x):
+        return 0.0
+    along = torch.bmm(x, u.unsqueeze(-1)).squeeze(-1).abs()
+    return float((along / x.norm(dim=-1).clamp_min(1e-30)).nan_to_num(0.0).max())

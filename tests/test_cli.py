@@ -9,8 +9,7 @@ import pytest
 
 from refusal_direction import cli, pipeline
 from refusal_direction.artifacts import file_names
-from refusal_direction.config import TEXT
-from refusal_direction.config import Config
+from refusal_direction.config import TEXT, Config
 from refusal_direction.engine.interventions import ResidualStream
 from refusal_direction.errors import UnsupportedModelError
 

@@ -98,7 +98,6 @@ def test_weights_go_back_to_disk_after_a_run(name: str, tmp_path: Path) -> None:
     assert {tensor: weight.device.type for tensor, weight in model.named_parameters()} == places
 
 
-@pytest.mark.xfail(strict=True, reason="what was held to learn from is not released by a failure")
 @families
 def test_weights_go_back_to_disk_after_a_failure(name: str, tmp_path: Path) -> None:
     model = on_disk(build(FAMILIES[name]), tmp_path)

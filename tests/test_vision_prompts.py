@@ -91,7 +91,7 @@ def test_harmless_images_that_cannot_be_loaded_are_an_error(tmp_path: Path):
 def test_images_that_cannot_be_shown_are_left_out_with_a_count(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     whole = picture(size=(64, 64), form="JPEG")
     bad = [whole, whole[: len(whole) // 2], b"not an image", picture()]
-    pairs = vision.harmful_pairs(benchmark(tmp_path / "mm", {name: bad for name in vision.CATEGORIES[:2]}))
+    pairs = vision.harmful_pairs(benchmark(tmp_path / "mm", dict.fromkeys(vision.CATEGORIES[:2], bad)))
     assert [pair.id for pair in pairs[:2]] == ["Illegal_Activitiy/0", "Illegal_Activitiy/3"]
     assert any(
         "2 of the images of Illegal_Activitiy cannot be shown" in record.getMessage() for record in caplog.records

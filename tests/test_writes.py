@@ -79,6 +79,13 @@ class Layer(nn.Module):
         return 0.8 * (x + 0.3 * self.mlp(self.post_attention_layernorm(x)))
 
 
+class SmallWriteLayer(Layer):
+    """Its second write is a few millionths of its stream."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.attention(x) + 0.01 * self.norm(1e-3 * self.mlp(x).sign())
+
+
 class PostNormLayer(Layer):
     """Normalises the stream itself, as BERT and the first transformer do: nothing is merely added."""
 

@@ -67,6 +67,7 @@ class Engine:
             tick: receives the number of (row, layer) pairs just done.
         """
         rows = [Row(prompt) for prompt in range(len(self.prompts))]
+        tick = _at_most(len(rows) * len(self.stream.layers), tick)
         if isinstance(self._runner, LayerMajor):
             difference = self._watched_baseline(self._runner, rows, consume, observe, tick)
             tolerance = max(1e-4, 8 * torch.finfo(self.stream.skeleton.model.dtype).eps)
@@ -125,3 +126,17 @@ class Engine:
         steered = (candidates.layers[row.candidate] for row in rows if row.kind is Kind.STEERING)
         saved = sum(steered) if self.name == "layer-major" else 0
         return len(rows) * depth - saved
+
+
+def _at_most(total: int, tick: Tick) -> Tick:
+    """Checks and second tries are not progress: report no more than was announced."""
+    left = total
+
+    def capped(done: int) -> None:
+        nonlocal left
+        counted = min(done, left)
+        left -= counted
+        if counted:
+            tick(counted)
+
+    return capped

@@ -31,13 +31,17 @@ def _walk(visit: Callable[..., Any], tree: Any, *others: Any) -> Any:
     if isinstance(tree, Tensor):
         return visit(tree, *others)
     if isinstance(tree, (tuple, list)):
+        if any(len(other) != len(tree) for other in others):
+            raise UnsupportedModelError("A layer argument has another number of parts for another number of rows.")
         return type(tree)(_walk(visit, *parts) for parts in zip(tree, *others, strict=True))
     if isinstance(tree, Mapping):
         return {name: _walk(visit, tree[name], *(other[name] for other in others)) for name in tree}
     return tree
 
 
-def _axis(of_two: Tensor, of_three: Tensor) -> int | None:
+def _axis(of_two: Tensor, of_three: Tensor | None) -> int | None:
+    if of_three is None or of_two.ndim != of_three.ndim:
+        raise UnsupportedModelError("A layer argument is not of one form for every number of rows.")
     differing = [axis for axis, (a, b) in enumerate(zip(of_two.shape, of_three.shape, strict=True)) if a != b]
     if len(differing) > 1 or any(of_two.shape[axis] * 3 != of_three.shape[axis] * 2 for axis in differing):
         raise UnsupportedModelError(
@@ -47,7 +51,10 @@ def _axis(of_two: Tensor, of_three: Tensor) -> int | None:
 
 
 def batch_axes(of_two: Any, of_three: Any) -> Any:
-    """The axis of each tensor that holds one slice a prompt (or None), from preludes of two and of three prompts."""
+    """The axis of each tensor that holds one slice a prompt (or None), from preludes of two and of three prompts.
+
+    Raises UnsupportedModelError where they cannot be compared.
+    """
     return _walk(_axis, of_two, of_three)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import psutil
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 from refusal_direction.engine.residency import execution_device, is_offloaded
 from refusal_direction.errors import OutOfMemoryError
 
-__all__ = ["Budget", "free_bytes", "halving"]
+__all__ = ["Budget", "free_bytes", "halving", "one_row_must_fit"]
 
 log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -75,9 +76,10 @@ class Budget:
         if begin < len(rows):
             yield rows[begin:]
 
-    def shrink(self) -> None:
-        """Halve the rows that go through at once."""
-        self._shrunk *= 2
+    def shrink(self, limit: Callable[[], int], tried: int) -> None:
+        """Lower all limits until `limit` is at most half of what was tried."""
+        while limit() > max(1, tried // 2):
+            self._shrunk *= 2
 
 
 def halving(through: Callable[[slice], None], total: int, budget: Budget, limit: Callable[[], int]) -> None:
@@ -87,22 +89,32 @@ def halving(through: Callable[[slice], None], total: int, budget: Budget, limit:
     """
     begin = 0
     while begin < total:
-        size = limit()
+        tried = min(limit(), total - begin)
         try:
-            through(slice(begin, min(begin + size, total)))
+            with one_row_must_fit(tried):
+                through(slice(begin, begin + tried))
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
-            if size == 1:
-                raise OutOfMemoryError(
-                    "Out of memory with a single row. Use a smaller model, --dtype bfloat16, a machine with more memory, "
-                    "or close what else uses it."
-                ) from error
-            budget.shrink()
+            budget.shrink(limit, tried)
             _release()
-            log.warning("Out of memory with %d rows at once; going on with half of them.", size)
+            log.warning("Out of memory with %d rows at once; going on with half of them.", tried)
             continue
-        begin += size
+        begin += tried
+
+
+@contextmanager
+def one_row_must_fit(rows: int = 1) -> Iterator[None]:
+    """Where a single row is too much, there is nothing left to halve."""
+    try:
+        yield
+    except RuntimeError as error:
+        if rows > 1 or not should_reduce_batch_size(error):
+            raise
+        raise OutOfMemoryError(
+            "Out of memory with a single row. Use a smaller model, --dtype bfloat16, a machine with more memory, or close "
+            "what else uses it."
+        ) from error
 
 
 def _release() -> None:

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from refusal_direction.directions import share_along, unit
 from refusal_direction.engine.budget import Budget, halving
-from refusal_direction.engine.interventions import ResidualStream, ablated, steered
+from refusal_direction.engine.interventions import ResidualStream
 from refusal_direction.engine.layer_major import Consume, Observe, Tick
 from refusal_direction.engine.rows import Candidates, Kind, Row
+from refusal_direction.engine.skeleton import first
 
 __all__ = ["Hooked"]
 
@@ -67,17 +69,27 @@ class Hooked:
 
     @contextmanager
     def _intervention(self, rows: list[Row], candidates: Candidates | None) -> Iterator[None]:
-        model, kind = self.stream.skeleton.model, rows[0].kind
+        kind = rows[0].kind
         if candidates is None or kind is Kind.BASELINE:
             yield
             return
         vectors = candidates.vectors[[row.candidate for row in rows]]
-        if kind is Kind.ABLATION:
-            with ablated(model, vectors):
+        if kind is Kind.STEERING:
+            with self.stream.steered(vectors, candidates.layers[rows[0].candidate]):
                 yield
-        else:
-            with steered(model, vectors, layer=candidates.layers[rows[0].candidate]):
-                yield
+            return
+        with self.stream.ablated(unit(vectors)), self._watching_for_leaks(unit(vectors)):
+            yield
+
+    @contextmanager
+    def _watching_for_leaks(self, u: Tensor) -> Iterator[None]:
+        def see(module: nn.Module, args: Any, output: Any) -> None:
+            self.leak = max(self.leak, share_along(first(output), u))
+
+        with ExitStack() as hooks:
+            for layer in self.stream.layers:
+                hooks.callback(layer.register_forward_hook(see).remove)
+            yield
 
     @contextmanager
     def _observing(self, rows: list[Row], observe: Observe) -> Iterator[None]:

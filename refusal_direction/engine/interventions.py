@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from refusal_direction.directions import ablate, unit
 from refusal_direction.engine.residency import execution_device, resident
-from refusal_direction.engine.skeleton import Skeleton
+from refusal_direction.engine.skeleton import Prelude, Skeleton
 from refusal_direction.models.writes import WriteSite, find_writes, kind_of
 
 if TYPE_CHECKING:
@@ -39,6 +39,14 @@ class ResidualStream:
             prelude = self.skeleton.prelude({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
         self.shares_state = any(call.shares_state for call in prelude.calls)
         """Whether layers hand state on to each other besides the stream (Gemma 3n and 4: keys and values)."""
+        with ExitStack() as failed:
+            failed.callback(self.skeleton.held.close)
+            self.writes = self._find_writes(prelude)
+            failed.pop_all()
+        """For each layer, the submodules whose outputs are added to the stream."""
+
+    def _find_writes(self, prelude: Prelude) -> list[tuple[WriteSite, ...]]:
+        """Look at one layer of each kind; its weights stay in memory until `skeleton.held` is closed."""
         found: dict[Any, tuple[WriteSite, ...]] = {}
         for layer, call in zip(self.layers, prelude.calls, strict=True):
             kind = kind_of(layer)
@@ -47,8 +55,7 @@ class ResidualStream:
                 found[kind] = find_writes(layer, partial(call, layer), prelude.hidden)
             if self.shares_state:  # the layers above need what this one leaves behind
                 call(layer, prelude.hidden, private=False)
-        self.writes = [found[kind_of(layer)] for layer in self.layers]
-        """For each layer, the submodules whose outputs are added to the stream."""
+        return [found[kind_of(layer)] for layer in self.layers]
 
     @contextmanager
     def ablating(self, index: int, u: Tensor) -> Iterator[None]:
@@ -59,6 +66,27 @@ class ResidualStream:
                 module = layer.get_submodule(site.module)
                 hooks.callback(module.register_forward_hook(_ablate_output(site, u)).remove)
             yield
+
+    @contextmanager
+    def ablated(self, u: Tensor) -> Iterator[None]:
+        """Within the context the stream has no component along u (of unit length), anywhere."""
+        project = _change_input(lambda x: ablate(x, u.to(x)))
+        with ExitStack() as hooks:
+            for index, layer in enumerate(self.layers):
+                hooks.callback(layer.register_forward_pre_hook(project, with_kwargs=True).remove)
+                hooks.enter_context(self.ablating(index, u))
+            yield
+
+    @contextmanager
+    def steered(self, r: Tensor, layer: int) -> Iterator[None]:
+        """Within the context r is added to the input of a layer, at every position."""
+        added = r if r.ndim == 1 else r.unsqueeze(1)
+        add = _change_input(lambda x: x + added.to(x))
+        handle = self.layers[layer].register_forward_pre_hook(add, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 def _ablate_output(site: WriteSite, u: Tensor) -> Callable[..., Any]:
@@ -110,13 +138,7 @@ def ablated(
         with ablated(model, direction):
             model.generate(**inputs)
     """
-    stream = residual_stream(model)
-    u = unit(direction)
-    with ExitStack() as hooks:
-        for index, layer in enumerate(stream.layers):
-            project = _change_input(lambda x: ablate(x, u.to(x)))
-            hooks.callback(layer.register_forward_pre_hook(project, with_kwargs=True).remove)
-            hooks.enter_context(stream.ablating(index, u))
+    with residual_stream(model).ablated(unit(direction)):
         yield model
 
 
@@ -134,10 +156,5 @@ def steered(
 
     Raises UnsupportedModelError where the model's decoder layers cannot be found, IndexError for a layer it has not.
     """
-    r = coefficient * (direction if direction.ndim == 1 else direction.unsqueeze(1))
-    add = _change_input(lambda x: x + r.to(x))
-    handle = residual_stream(model).layers[layer].register_forward_pre_hook(add, with_kwargs=True)
-    try:
+    with residual_stream(model).steered(coefficient * direction, layer):
         yield model
-    finally:
-        handle.remove()

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from refusal_direction.directions import ablate, unit
+from refusal_direction.directions import ablate, share_along, unit
 from refusal_direction.engine.arguments import batch_axes, concatenate, take_rows
-from refusal_direction.engine.budget import Budget, halving
+from refusal_direction.engine.budget import Budget, halving, one_row_must_fit
 from refusal_direction.engine.interventions import ResidualStream
 from refusal_direction.engine.residency import resident
 from refusal_direction.engine.rows import Candidates, Kind, Lane, Row, lay_out
@@ -92,8 +92,12 @@ class LayerMajor:
         ]
 
     def _embed(self, members: list[int]) -> _Group:
-        size = self.budget.rows(self._length(members[0]))
-        parts = [self.skeleton.prelude(self._stack(members[at : at + size])) for at in range(0, len(members), size)]
+        parts: list[Prelude] = []
+
+        def through(some: slice) -> None:
+            parts.append(self.skeleton.prelude(self._stack(members[some])))
+
+        halving(through, len(members), self.budget, lambda: self.budget.rows(self._length(members[0])))
         joined: dict[int, Tensor] = {}
         calls = []
         for index, axes in enumerate(self._axes):
@@ -130,13 +134,13 @@ class LayerMajor:
         for some in self.budget.chunks(rows, self._row_bytes):
             lanes = list(lay_out(some, self._places, candidates, units))
             step = self._step(lanes, observe, tick)
-            if witness is not None and testimony is None:
-                testimony = self._alongside(witness, step)
-            else:
-                for index in range(len(self.stream.layers)):
-                    with resident(self.stream.layers[index]):
-                        step(index)
-            self.skeleton.held.close()
+            with self.skeleton.held:  # what was held to learn from has served when the first pass is through
+                if witness is not None and testimony is None:
+                    testimony = self._alongside(witness, step)
+                else:
+                    for index in range(len(self.stream.layers)):
+                        with resident(self.stream.layers[index]):
+                            step(index)
             self._finish(lanes, consume)
         return testimony
 
@@ -165,7 +169,7 @@ class LayerMajor:
 
             return forward
 
-        with replaced_forwards(layers, driving):
+        with replaced_forwards(layers, driving), one_row_must_fit():
             return self.skeleton.model(**self.prompts[prompt], use_cache=False).logits[0, -1]
 
     def _step(self, lanes: list[Lane], observe: Observe | None, tick: Tick) -> Callable[[int], None]:
@@ -216,9 +220,7 @@ class LayerMajor:
         """Check on a few ablated rows that nothing along u has come back into the stream."""
         if lane.ablated and lane.vectors is not None:
             some = slice(0, entered, max(1, entered // 4))
-            x, u = lane.hidden[some].float(), lane.vectors[some].float()
-            along = torch.bmm(x, u.unsqueeze(-1)).squeeze(-1).abs()
-            self.leak = max(self.leak, float((along / x.norm(dim=-1).clamp_min(1e-30)).max()))
+            self.leak = max(self.leak, share_along(lane.hidden[some], lane.vectors[some]))
 
     def _finish(self, lanes: list[Lane], consume: Consume) -> None:
         """Final norm and head for the last position of every row."""

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _MOVES = frozenset(
-    "_reshape_alias _to_copy _unsafe_view alias clone contiguous detach expand select slice squeeze unsqueeze view".split()
+    {"_reshape_alias", "_to_copy", "_unsafe_view", "alias", "clone", "contiguous", "detach"}
+    | {"expand", "select", "slice", "squeeze", "unsqueeze", "view"}
 )
 _ADDITIONS = frozenset({"add", "sub"})
 _SCALINGS = frozenset({"mul", "div"})
