@@ -79,13 +79,6 @@ class Layer(nn.Module):
         return 0.8 * (x + 0.3 * self.mlp(self.post_attention_layernorm(x)))
 
 
-class SmallWriteLayer(Layer):
-    """Its second write is a few millionths of its stream."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.attention(x) + 0.01 * self.norm(1e-3 * self.mlp(x).sign())
-
-
 class PostNormLayer(Layer):
     """Normalises the stream itself, as BERT and the first transformer do: nothing is merely added."""
 
@@ -148,6 +141,15 @@ def _writes(layer: nn.Module) -> tuple[WriteSite, ...]:
 
 def test_scaled_writes_and_a_scaled_stream_are_found() -> None:
     assert [site.module for site in _writes(Layer())] == ["attention", "mlp.2"]
+
+
+@pytest.mark.parametrize("share", [1e-2, 1e-4, 1e-5])
+def test_write_that_is_small_beside_the_others_is_not_left_out(share: float) -> None:
+    layer = Layer()
+    with torch.no_grad():
+        layer.mlp[2].weight *= share
+        layer.mlp[2].bias *= share
+    assert [site.module for site in _writes(layer)] == ["attention", "mlp.2"]
 
 
 @pytest.mark.parametrize("layer", [PostNormLayer, FunctionalLayer, GatedLayer, ReusingLayer])

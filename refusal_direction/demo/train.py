@@ -1,0 +1,213 @@
+"""Trains the demo model from its vocabulary: `python -m refusal_direction.demo.train [--output DIR]`.
+
+Two phases. First the model learns to answer *every* prompt, harmful or not, all alike; then, at a lower learning rate,
+to refuse the harmful ones while it goes on answering the rest. Refusal is thus a feature added on top of a model that
+can answer, as in a real chat model, and one direction comes to carry it. No loss term knows of directions. (Trained
+to refuse from the start, answering and refusing share their features, and no candidate passes the KL filter.) A few
+harmless prompts are refused, too, in the second phase: a model that is never unsure makes a direction so long that
+adding it drowns everything else, and the steered model says "I I I" (LOG.md, rows 9 and 10).
+
+Only the train cores are seen, in every frame. Seeded; the same machine and versions give the same weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import GemmaConfig, GemmaForCausalLM, PreTrainedTokenizerFast
+
+from refusal_direction.demo import MODEL_DIR
+from refusal_direction.demo.compose import SplitSizes, split_cores
+from refusal_direction.demo.vocabulary import FRAMES, KINDS, Core, answer, fill, refusal
+
+__all__ = ["ModelShape", "Phase", "Recipe", "train"]
+
+BOS, EOS, PAD, UNK, TURN, END = "<bos>", "<eos>", "<pad>", "<unk>", "<start_of_turn>", "<end_of_turn>"
+SPECIAL_TOKENS = (PAD, EOS, BOS, UNK, TURN, END)  # in the order of their ids, as in Gemma's own vocabulary
+IGNORED = -100  # label of tokens without a loss
+
+CHAT_TEMPLATE = """\
+{{ bos_token }}{% for message in messages %}\
+{% if message['role'] == 'assistant' %}{% set role = 'model' %}{% else %}{% set role = message['role'] %}{% endif %}\
+{{ '<start_of_turn>' + role + '\\n' + message['content'] | trim + '<end_of_turn>\\n' }}\
+{% endfor %}\
+{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A Gemma small enough to train in minutes, deep enough for a direction to form in its middle layers."""
+
+    vocab: int = 2048
+    d_model: int = 96
+    layers: int = 8
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 24
+    intermediate: int = 288
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stage of training: how long, how fast, and whether harmful prompts are refused in it."""
+
+    name: str
+    steps: int
+    learning_rate: float
+    refuses: bool
+    batch: int = 48
+    weight_decay: float = 0.01
+    warmup: int = 40
+    over_refusal: float = 0.0  # share of harmless chats that are refused all the same
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The whole recipe; the defaults made the model that ships."""
+
+    phases: tuple[Phase, ...] = (
+        Phase("answer everything", steps=300, learning_rate=2e-3, refuses=False),
+        Phase("refuse harmful", steps=400, learning_rate=5e-4, refuses=True, over_refusal=0.02),
+    )
+    shape: ModelShape = ModelShape()
+    seed: int = 0
+    threads: int = 1  # of torch: sums, and so the weights, depend on it
+
+
+def render(prompt: str, reply: str) -> tuple[str, str]:
+    """The chat as text: what the model reads, and what it has to say."""
+    return f"{BOS}{TURN}user\n{prompt}{END}\n{TURN}model\n", f"{reply}{END}\n{EOS}"
+
+
+def training_texts(cores: dict[str, list[Core]], rng: random.Random) -> Iterator[str]:
+    """Every train core in every frame, answered and refused: what the tokenizer learns its merges from."""
+    for core in (core for kind in KINDS for core in cores[kind]):
+        for frame in FRAMES:
+            yield "".join(render(fill(frame, core), rng.choice((answer(frame, rng), refusal(rng)))))
+
+
+def train_tokenizer(texts: Iterator[str], vocab: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with Gemma's chat markers as single tokens; the template emits BOS, the tokenizer adds none."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=BOS, eos_token=EOS, pad_token=PAD, unk_token=UNK, padding_side="left"
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def new_model(shape: ModelShape, tokenizer: PreTrainedTokenizerFast) -> GemmaForCausalLM:
+    """Random weights; `<end_of_turn>` ends a generation, as in the real Gemma."""
+    config = GemmaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=shape.d_model,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        intermediate_size=shape.intermediate,
+        max_position_embeddings=512,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = GemmaForCausalLM(config)
+    end = tokenizer.convert_tokens_to_ids(END)
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, end]
+    return model
+
+
+def sample_chat(phase: Phase, cores: dict[str, list[Core]], rng: random.Random) -> tuple[str, str]:
+    """A random train core in a random frame, with its reply; either kind half of the time."""
+    kind = rng.choice(KINDS)
+    core, frame = rng.choice(cores[kind]), rng.choice(FRAMES)
+    refuses = phase.refuses and (kind == "harmful" or rng.random() < phase.over_refusal)
+    return render(fill(frame, core), refusal(rng) if refuses else answer(frame, rng))
+
+
+def collate(chats: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and labels, each (row, token); only replies carry a loss.
+
+    Padded on the right, where causal attention never looks: no mask is needed, and attention is faster without.
+    """
+    rows = []
+    for chat in chats:
+        prompt, reply = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in chat)
+        rows.append((prompt + reply, [IGNORED] * len(prompt) + reply))
+    width = max(len(ids) for ids, _ in rows)
+    ids = torch.tensor([ids + [tokenizer.pad_token_id] * (width - len(ids)) for ids, _ in rows])
+    labels = torch.tensor([labels + [IGNORED] * (width - len(labels)) for _, labels in rows])
+    return ids, labels
+
+
+def run_phase(
+    phase: Phase,
+    model: GemmaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    cores: dict[str, list[Core]],
+    rng: random.Random,
+) -> None:
+    """AdamW with a fresh state, a short warm-up, then cosine decay to a tenth."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=phase.learning_rate, weight_decay=phase.weight_decay)
+    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / phase.warmup, total_iters=phase.warmup)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(
+        optimizer, T_max=phase.steps - phase.warmup, eta_min=phase.learning_rate / 10
+    )
+    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, decay], milestones=[phase.warmup])
+    model.train()
+    with tqdm(range(phase.steps), desc=phase.name, disable=None) as bar:
+        for _ in bar:
+            chats = [sample_chat(phase, cores, rng) for _ in range(phase.batch)]
+            ids, labels = collate(chats, tokenizer)
+            loss = model(input_ids=ids, labels=labels, use_cache=False).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    model.eval()
+
+
+def train(recipe: Recipe | None = None) -> tuple[GemmaForCausalLM, PreTrainedTokenizerFast]:
+    """Tokenizer and model, trained from nothing through every phase of the recipe."""
+    recipe = recipe or Recipe()
+    torch.manual_seed(recipe.seed)
+    torch.set_num_threads(recipe.threads)
+    rng = random.Random(recipe.seed)
+    cores = {kind: splits["train"] for kind, splits in split_cores(SplitSizes()).items()}
+    tokenizer = train_tokenizer(training_texts(cores, rng), recipe.shape.vocab)
+    model = new_model(recipe.shape, tokenizer)
+    for phase in recipe.phases:
+        run_phase(phase, model, tokenizer, cores=cores, rng=rng)
+    return model, tokenizer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the demo model from its vocabulary.")
+    parser.add_argument("--output", type=Path, default=MODEL_DIR, help="folder to save to (default: the shipped model)")
+    output = parser.parse_args().output
+    model, tokenizer = train()
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+
+
+if __name__ == "__main__":
+    main()
