@@ -64,6 +64,21 @@ def test_layers_are_found_by_structure(family: Family) -> None:
     assert find_layers(model) is layers_of(model, family)
 
 
+def test_nested_and_shorter_stacks_are_not_taken_for_the_layers() -> None:
+    model, others = build(FAMILIES["llama"]), build(FAMILIES["llama"], seed=1).get_decoder().layers
+    decoder = model.get_decoder()
+    decoder.few = nn.ModuleList(others[:2])
+    decoder.layers[0].nested = nn.ModuleList([*others, *others])
+    assert find_layers(model) is decoder.layers
+
+
+def test_model_without_a_stack_of_layers_is_refused() -> None:
+    model = build(FAMILIES["llama"])
+    model.get_decoder().layers = nn.ModuleList([nn.Linear(D_MODEL, D_MODEL)])
+    with pytest.raises(UnsupportedModelError, match="No stack of decoder layers"):
+        find_layers(model)
+
+
 class Layer(nn.Module):
     """A residual layer with two writes, one of them scaled, and a reading norm whose name suggests a write."""
 
