@@ -58,13 +58,13 @@ def ablate(
 
 
 def share_along(x: Float[Tensor, "row token d_model"], u: Float[Tensor, "row d_model"]) -> float:
-    """The largest |x . u| / |x| of all rows and tokens, in float32.
+    """The largest |x . u| / (|x| |u|) of all rows and tokens that an exact ablation by u does not explain, in float32.
 
-    Rows whose u falls short of unit length (a direction of about 1e-8) are passed over: ablation leaves some of it.
+    Ablation by a u that is not quite of unit length (rounded, or of a direction of about 1e-8) leaves 1 - |u|^2 of what
+    lay along it; so much is taken off. What is not a number counts as nothing: such scores are discarded later.
     """
-    whole = u.float().norm(dim=-1) > 1 - 1e-5
-    x, u = x[whole.to(x.device)].float(), u[whole].to(x.device).float()
-    if not len(x):
-        return 0.0
-    along = torch.bmm(x, u.unsqueeze(-1)).squeeze(-1).abs()
-    return float((along / x.norm(dim=-1).clamp_min(1e-30)).nan_to_num(0.0).max())
+    x, u = x.float(), u.to(x.device).float()
+    length = u.norm(dim=-1, keepdim=True)
+    along = torch.bmm(x, (u / length.clamp_min(1e-30)).unsqueeze(-1)).squeeze(-1).abs()
+    share = along / x.norm(dim=-1).clamp_min(1e-30) - (1 - length**2).abs()
+    return float(share.nan_to_num(0.0).clamp_min(0.0).max())

@@ -308,7 +308,27 @@ def _branches_from_a_wrong_state(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Lane, "enter", entering)
 
 
-@pytest.mark.parametrize("fault", [_logits_too_large, _layer_left_out, _branches_from_a_wrong_state])
+def _branches_from_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that enter above layer 0 are not a number; baseline rows are right."""
+    own = Lane.enter
+
+    def entering(self: Lane, layer: int, embedded: Tensor) -> None:
+        own(self, layer, embedded)
+        if layer > 0:
+            self.hidden[self.entered(layer - 1) : self.entered(layer)] = float("nan")
+
+    monkeypatch.setattr(Lane, "enter", entering)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        _logits_too_large,
+        _layer_left_out,
+        _branches_from_a_wrong_state,
+        _branches_from_no_number,
+    ],
+)
 def test_wrong_layer_major_result_is_noticed_and_replaced(
     fault: Callable[[pytest.MonkeyPatch], None],
     problem: Problem,
@@ -372,6 +392,16 @@ def test_missed_write_is_noticed(name: str, missed: int, problem: Problem) -> No
     engine, given = Engine(stream, problem.inputs), candidates(3)
     with pytest.raises(UnsupportedModelError, match="a write was missed"):
         engine.intervene(every_row(problem, given), given, Logits())
+
+
+def test_missed_write_is_noticed_whatever_the_directions_dtype(problem: Problem) -> None:
+    stream = ResidualStream(build(FAMILIES["llama"]))
+    stream.writes[2] = stream.writes[2][:1]
+    vectors = torch.full((1, D_MODEL), 1.0).cumsum(-1)
+    for dtype in (torch.float32, torch.bfloat16):
+        engine = Engine(stream, problem.inputs)
+        with pytest.raises(UnsupportedModelError, match="a write was missed"):
+            engine.intervene([Row(0, Kind.ABLATION, 0)], Candidates(vectors.to(dtype), (1,)), Logits())
 
 
 def test_missed_write_is_noticed_in_the_hooked_engine_too(problem: Problem) -> None:
@@ -466,6 +496,19 @@ def test_out_of_memory_in_the_head_halves_the_rows_too(
     monkeypatch.setattr(Skeleton, "tail", tail)
     assert torch.allclose(_scores(model, engine_of(model, problem), problem), expected, atol=TOLERANCE, rtol=0)
     assert "half" in caplog.text
+
+
+def test_out_of_memory_for_the_hidden_states_is_an_error_with_a_remedy(
+    problem: Problem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, given = engine_of(build(FAMILIES["llama"]), problem), candidates(2)
+
+    def enter(self: Lane, layer: int, embedded: Tensor) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 7 bytes.")
+
+    monkeypatch.setattr(Lane, "enter", enter)
+    with pytest.raises(OutOfMemoryError):
+        engine.intervene(every_row(problem, given), given, Logits())
 
 
 def test_out_of_memory_with_one_row_is_an_error_with_a_remedy(problem: Problem) -> None:

@@ -102,8 +102,8 @@ class Engine:
         )
         if testimony is None:
             raise AssertionError("the first pass ran without its witness")
-        worst = max(float((logits.to(testimony) - testimony).abs().max()) for logits in seen)
-        return worst / float(testimony.abs().max())
+        off = torch.stack([logits.to(testimony) - testimony for logits in seen]).abs().max()
+        return float(off / testimony.abs().max())  # NaN stays NaN, and is no agreement
 
     def intervene(
         self, rows: Sequence[Row], candidates: Candidates, consume: Consume, tick: Tick = lambda done: None

@@ -16,12 +16,12 @@ from transformers import PreTrainedModel
 from refusal_direction.engine.residency import execution_device, is_offloaded
 from refusal_direction.errors import OutOfMemoryError
 
-__all__ = ["Budget", "free_bytes", "halving", "one_row_must_fit"]
+__all__ = ["Budget", "free_bytes", "halving", "must_fit"]
 
 log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
-_CACHED_TOKENS = 2048  # on a CPU a microbatch whose activations stay in the cache is the fastest
+_CACHED_TOKENS = 1024  # on a CPU a microbatch whose activations stay in the cache is the fastest
 _DEVICE_TOKENS = 16384  # enough to fill a large GPU; more only costs memory
 _HIDDEN_BYTES = 512 << 20  # where weights stay in memory, more rows under way save nothing
 _LOGIT_BYTES = 256 << 20
@@ -54,16 +54,16 @@ class Budget:
         self._batch_size = batch_size
         self._vocab = model.config.get_text_config().vocab_size
         self.hidden_bytes = free // 3 if is_offloaded(model) else min(free // 4, _HIDDEN_BYTES)
-        self._shrunk = 1
+        self._shrunk = 1.0
 
     def rows(self, length: int) -> int:
         """How many rows of `length` tokens go through a layer at once."""
         rows = max(1, self._tokens // length)
-        return max(1, min(rows, self._batch_size or rows) // self._shrunk)
+        return max(1, int(min(rows, self._batch_size or rows) / self._shrunk))
 
     def logit_rows(self) -> int:
         """How many rows of logits, with their float64 softmax, are made at once."""
-        return max(1, min(1024, _LOGIT_BYTES // (40 * self._vocab)) // self._shrunk)
+        return max(1, int(min(1024, _LOGIT_BYTES // (40 * self._vocab)) / self._shrunk))
 
     def chunks(self, rows: Sequence[_T], size: Callable[[_T], int]) -> Iterator[Sequence[_T]]:
         """Consecutive rows whose hidden states fit into memory together; each chunk is a pass over the weights."""
@@ -77,9 +77,10 @@ class Budget:
             yield rows[begin:]
 
     def shrink(self, limit: Callable[[], int], tried: int) -> None:
-        """Lower all limits until `limit` is at most half of what was tried."""
-        while limit() > max(1, tried // 2):
-            self._shrunk *= 2
+        """Lower all limits in the proportion that brings `limit` to half of what was tried."""
+        wanted = max(1, tried // 2)
+        while limit() > wanted:
+            self._shrunk *= max(1.01, limit() / (wanted + 0.5))
 
 
 def halving(through: Callable[[slice], None], total: int, budget: Budget, limit: Callable[[], int]) -> None:
@@ -89,9 +90,10 @@ def halving(through: Callable[[slice], None], total: int, budget: Budget, limit:
     """
     begin = 0
     while begin < total:
-        tried = min(limit(), total - begin)
+        left = total - begin
+        tried = -(-left // -(-left // limit()))  # slices of even size: a last one of a few rows would be slow
         try:
-            with one_row_must_fit(tried):
+            with must_fit(halvable=tried > 1):
                 through(slice(begin, begin + tried))
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
@@ -104,16 +106,16 @@ def halving(through: Callable[[slice], None], total: int, budget: Budget, limit:
 
 
 @contextmanager
-def one_row_must_fit(rows: int = 1) -> Iterator[None]:
-    """Where a single row is too much, there is nothing left to halve."""
+def must_fit(halvable: bool = False) -> Iterator[None]:
+    """Explain running out of memory, unless fewer rows at once may still help."""
     try:
         yield
     except RuntimeError as error:
-        if rows > 1 or not should_reduce_batch_size(error):
+        if halvable or not should_reduce_batch_size(error):
             raise
         raise OutOfMemoryError(
-            "Out of memory with a single row. Use a smaller model, --dtype bfloat16, a machine with more memory, or close "
-            "what else uses it."
+            "Out of memory, with a single row at once or with what all rows hold together. Use a smaller model, --dtype "
+            "bfloat16, fewer prompts (--n_val), a machine with more memory, or close what else uses it."
         ) from error
 
 

@@ -7,20 +7,20 @@ the last position reaches the final norm and the head. See docs/architecture.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from refusal_direction.directions import ablate, share_along, unit
+from refusal_direction.directions import ablate, share_along
 from refusal_direction.engine.arguments import batch_axes, concatenate, take_rows
-from refusal_direction.engine.budget import Budget, halving, one_row_must_fit
+from refusal_direction.engine.budget import Budget, halving, must_fit
 from refusal_direction.engine.interventions import ResidualStream
 from refusal_direction.engine.residency import resident
-from refusal_direction.engine.rows import Candidates, Kind, Lane, Row, lay_out
+from refusal_direction.engine.rows import Candidates, Kind, Lane, Row, Tables, lay_out
 from refusal_direction.engine.skeleton import LayerCall, Prelude, first, replaced_forwards
 from refusal_direction.errors import UnsupportedModelError
 
@@ -129,10 +129,10 @@ class LayerMajor:
 
         Returns the witness's logits (vocab,) by the model's own forward, if there is one.
         """
-        units = None if candidates is None else unit(candidates.vectors)
+        tables = Tables.of(candidates, self._groups[0].prelude.hidden)
         testimony = None
         for some in self.budget.chunks(rows, self._row_bytes):
-            lanes = list(lay_out(some, self._places, candidates, units))
+            lanes = list(lay_out(some, self._places, candidates, tables))
             step = self._step(lanes, observe, tick)
             with self.skeleton.held:  # what was held to learn from has served when the first pass is through
                 if witness is not None and testimony is None:
@@ -169,7 +169,7 @@ class LayerMajor:
 
             return forward
 
-        with replaced_forwards(layers, driving), one_row_must_fit():
+        with replaced_forwards(layers, driving), must_fit():
             return self.skeleton.model(**self.prompts[prompt], use_cache=False).logits[0, -1]
 
     def _step(self, lanes: list[Lane], observe: Observe | None, tick: Tick) -> Callable[[int], None]:
@@ -177,9 +177,10 @@ class LayerMajor:
             for lane in lanes:
                 prelude = self._groups[lane.group].prelude
                 self._add_change(lane, index, prelude.calls[index].change)
-                lane.enter(index, prelude.hidden)
-                if observe is not None and not lane.ablated:
-                    baseline = [row for row in lane.rows if row is not None and row.kind is Kind.BASELINE]
+                with must_fit():
+                    lane.enter(index, prelude.hidden)
+                if observe is not None:
+                    baseline = [row for row in lane.rows[: lane.n_baseline] if row is not None]
                     observe(index, baseline, lane.hidden[: len(baseline)])
                 self._advance(lane, index, tick)
 
@@ -189,9 +190,7 @@ class LayerMajor:
         if change is not None:
             under_way = slice(0, lane.entered(index - 1))
             changed = lane.hidden[under_way] + change[lane.places[under_way]]
-            if lane.ablated and lane.vectors is not None:
-                changed = ablate(changed, lane.vectors[under_way].to(changed))
-            lane.hidden[under_way] = changed
+            lane.hidden[under_way] = ablate(changed, lane.units(under_way)) if lane.any_ablated else changed
 
     def _advance(self, lane: Lane, index: int, tick: Tick) -> None:
         layer, group = self.stream.layers[index], self._groups[lane.group]
@@ -209,18 +208,18 @@ class LayerMajor:
             halving(through, entered, self.budget, lambda: self.budget.rows(lane.hidden.shape[1]))
             self._watch_for_leaks(lane, entered)
 
-    @contextmanager
-    def _intervention(self, lane: Lane, index: int, rows: slice) -> Iterator[None]:
-        with ExitStack() as hooks:
-            if lane.ablated and lane.vectors is not None:
-                hooks.enter_context(self.stream.ablating(index, lane.vectors[rows].to(lane.hidden)))
-            yield
+    def _intervention(self, lane: Lane, index: int, rows: slice) -> AbstractContextManager[None]:
+        return self.stream.ablating(index, lane.units(rows)) if lane.any_ablated else nullcontext()
 
     def _watch_for_leaks(self, lane: Lane, entered: int) -> None:
         """Check on a few ablated rows that nothing along u has come back into the stream."""
-        if lane.ablated and lane.vectors is not None:
-            some = slice(0, entered, max(1, entered // 4))
-            self.leak = max(self.leak, share_along(lane.hidden[some], lane.vectors[some]))
+        ablated = [
+            index for index, row in enumerate(lane.rows[:entered]) if row is not None and row.kind is Kind.ABLATION
+        ]
+        some = ablated[:: max(1, len(ablated) // 4)]
+        if some:
+            units = lane.tables.units[lane.ablated[some]]
+            self.leak = max(self.leak, share_along(lane.hidden[some], units))
 
     def _finish(self, lanes: list[Lane], consume: Consume) -> None:
         """Final norm and head for the last position of every row."""

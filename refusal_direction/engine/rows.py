@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from refusal_direction.directions import ablate
+from refusal_direction.directions import ablate, unit
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-__all__ = ["Candidates", "Kind", "Lane", "Row", "lay_out"]
+__all__ = ["Candidates", "Kind", "Lane", "Row", "Tables", "lay_out"]
 
 
 class Kind(Enum):
@@ -49,22 +49,56 @@ class Candidates:
     layers: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Tables:
+    """The candidates' directions in the dtype and on the device of the stream, with a last row of zeros: "none"."""
+
+    added: Float[Tensor, "candidate+1 d_model"]
+    units: Float[Tensor, "candidate+1 d_model"]
+
+    @classmethod
+    def of(cls, candidates: Candidates | None, like: Tensor) -> Tables:
+        """r to add and u to ablate; of no candidates, the zeros alone."""
+        if candidates is None:
+            nothing = like.new_zeros(1, like.shape[-1])
+            return cls(nothing, nothing)
+        wide = candidates.vectors.to(torch.promote_types(candidates.vectors.dtype, torch.float32))
+        added, units = (
+            torch.nn.functional.pad(table, (0, 0, 0, 1)).to(like.dtype).to(like.device) for table in (wide, unit(wide))
+        )
+        return cls(added, units)
+
+
 @dataclass
 class Lane:
-    """Rows of equal length and like treatment, on their way through the layers."""
+    """Rows of equal length, on their way through the layers."""
 
     group: int
     rows: list[Row | None]  # None: a baseline that is only there for steered rows to branch off
     places: Int[Tensor, "row"]  # each row's prompt, as an index into its group
     starts: list[int]  # ascending
-    parents: list[int]  # for a row that starts above layer 0: the baseline row it branches off
-    vectors: Float[Tensor, "row d_model"] | None  # what is added where a row starts, or u of the ablated rows
-    ablated: bool
+    parents: list[int]  # the baseline row that a row branches off if it starts above layer 0
+    added: Int[Tensor, "row"]  # which candidate is added where the row starts; the tables' last: none
+    ablated: Int[Tensor, "row"]  # which candidate is ablated, likewise
+    tables: Tables
     hidden: Float[Tensor, "row token d_model"] = field(default_factory=lambda: torch.empty(0))
+
+    @property
+    def n_baseline(self) -> int:
+        """Rows that are run as they are and asked for; they stand first."""
+        return sum(row is not None and row.kind is Kind.BASELINE for row in self.rows)
+
+    @property
+    def any_ablated(self) -> bool:
+        return any(row is not None and row.kind is Kind.ABLATION for row in self.rows)
 
     def entered(self, layer: int) -> int:
         """How many rows are under way once those that start at `layer` have entered."""
         return bisect_right(self.starts, layer)
+
+    def units(self, rows: slice) -> Float[Tensor, "row d_model"]:
+        """Each row's u; zero where nothing is ablated."""
+        return self.tables.units[self.ablated[rows]]
 
     def enter(self, layer: int, embedded: Float[Tensor, "prompt token d_model"]) -> None:
         """Let the rows that start at `layer` enter: from the embedding at layer 0, above it from their baseline row.
@@ -76,69 +110,41 @@ class Lane:
             return
         if layer == 0:
             self.hidden = embedded.new_empty(len(self.rows), *embedded.shape[1:])
-            self.hidden[new] = embedded[self.places[new]]
+            entering = embedded[self.places[new]]
         else:
-            self.hidden[new] = self.hidden[self.parents[new]]
-        if self.vectors is not None:
-            vectors = self.vectors[new].to(self.hidden)
-            if self.ablated:
-                self.hidden[new] = ablate(self.hidden[new], vectors)
-            else:
-                self.hidden[new] += vectors.unsqueeze(1)
-
-
-def _plain_lane(group: int, rows: list[Row], places: dict[int, int], candidates: Candidates | None) -> Lane:
-    steered = sorted((row for row in rows if row.kind is Kind.STEERING), key=lambda row: _start(row, candidates))
-    ordered: list[Row | None] = [row for row in rows if row.kind is Kind.BASELINE]
-    prompts = [row.prompt for row in ordered if row]
-    for prompt in dict.fromkeys(row.prompt for row in steered):
-        if prompt not in prompts:
-            prompts.append(prompt)
-            ordered.append(None)
-    baseline = {prompt: index for index, prompt in enumerate(prompts)}
-    vectors = None
-    if steered and candidates is not None:
-        d_model = candidates.vectors.shape[-1]
-        none = candidates.vectors.new_zeros(len(ordered), d_model)
-        vectors = torch.cat([none, candidates.vectors[[row.candidate for row in steered]]])
-    return Lane(
-        group=group,
-        rows=[*ordered, *steered],
-        places=torch.tensor([places[prompt] for prompt in [*prompts, *(row.prompt for row in steered)]]),
-        starts=[0] * len(ordered) + [_start(row, candidates) for row in steered],
-        parents=[*range(len(ordered)), *(baseline[row.prompt] for row in steered)],
-        vectors=vectors,
-        ablated=False,
-    )
-
-
-def _start(row: Row, candidates: Candidates | None) -> int:
-    return candidates.layers[row.candidate] if candidates is not None and row.kind is Kind.STEERING else 0
+            entering = self.hidden[self.parents[new]]
+        entering = entering + self.tables.added[self.added[new]].unsqueeze(1)
+        self.hidden[new] = ablate(entering, self.units(new)) if self.any_ablated else entering
 
 
 def lay_out(
-    rows: Sequence[Row],
-    placed: Mapping[int, tuple[int, int]],
-    candidates: Candidates | None,
-    units: Float[Tensor, "candidate d_model"] | None,
+    rows: Sequence[Row], placed: Mapping[int, tuple[int, int]], candidates: Candidates | None, tables: Tables
 ) -> Iterator[Lane]:
     """Sort rows into lanes. `placed[prompt]` is the prompt's group (prompts of equal length) and its place there."""
     by_group: dict[int, list[Row]] = {}
     for row in rows:
         by_group.setdefault(placed[row.prompt][0], []).append(row)
+    layers = () if candidates is None else candidates.layers
     for group, members in by_group.items():
-        places = {row.prompt: placed[row.prompt][1] for row in members}
-        plain = [row for row in members if row.kind is not Kind.ABLATION]
-        ablated = [row for row in members if row.kind is Kind.ABLATION]
-        if plain:
-            yield _plain_lane(group, plain, places, candidates)
-        if ablated and units is not None:
-            yield Lane(
-                group=group,
-                rows=list(ablated),
-                places=torch.tensor([places[row.prompt] for row in ablated]),
-                starts=[0] * len(ablated),
-                parents=list(range(len(ablated))),
-                vectors=units[[row.candidate for row in ablated]],
-                ablated=True,
-            )
+        yield _lane(group, members, {row.prompt: placed[row.prompt][1] for row in members}, layers, tables)
+
+
+def _lane(group: int, members: list[Row], places: dict[int, int], layers: tuple[int, ...], tables: Tables) -> Lane:
+    baseline = [row for row in members if row.kind is Kind.BASELINE]
+    ablated = [row for row in members if row.kind is Kind.ABLATION]
+    steered = sorted((row for row in members if row.kind is Kind.STEERING), key=lambda row: layers[row.candidate])
+    there = dict.fromkeys(row.prompt for row in baseline)
+    missing = [prompt for prompt in dict.fromkeys(row.prompt for row in steered) if prompt not in there]
+    trunk = {prompt: index for index, prompt in enumerate([*there, *missing])}  # what steered rows branch off
+    prompts = [*trunk, *(row.prompt for row in (*ablated, *steered))]
+    none, n_trunk = len(tables.units) - 1, len(trunk)
+    return Lane(
+        group=group,
+        rows=[*baseline, *(None for _ in missing), *ablated, *steered],
+        places=torch.tensor([places[prompt] for prompt in prompts]),
+        starts=[0] * (n_trunk + len(ablated)) + [layers[row.candidate] for row in steered],
+        parents=[trunk.get(prompt, -1) for prompt in prompts],
+        added=torch.tensor([none] * (n_trunk + len(ablated)) + [row.candidate for row in steered]),
+        ablated=torch.tensor([none] * n_trunk + [row.candidate for row in ablated] + [none] * len(steered)),
+        tables=tables,
+    )
