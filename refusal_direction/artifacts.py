@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import platform
 import shutil
 import tempfile
@@ -44,6 +45,7 @@ _SPECIFIED = (
 )
 _COMPANIONS = ("run.json", "per_prompt_scores.safetensors")
 _COMMITTED = ".committed"
+_STAGING = ".staging-"
 
 
 def file_name(name: str, rules: Rules) -> str:
@@ -66,6 +68,8 @@ def check_writable(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+        for abandoned in folder.glob(f"{_STAGING}*"):  # by a run that was killed
+            shutil.rmtree(abandoned, ignore_errors=True)
         _move_into_place(folder)
     except OSError as error:
         raise OutputError(
@@ -79,10 +83,11 @@ def write(extraction: Extraction, folder: Path) -> None:
     Raises OutputError, leaving the old set as it was, where the disk is full or the folder cannot be written.
     """
     check_writable(folder)
-    staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=folder))
+    staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=folder))
     try:
         for name, save in _writers(extraction).items():
             save(staging / name)
+            (staging / name).chmod(0o666 & ~_umask())  # safetensors keeps its files to their owner
             _sync(staging / name)
         os.replace(staging, folder / _COMMITTED)
     except OSError as error:
@@ -91,7 +96,19 @@ def write(extraction: Extraction, folder: Path) -> None:
         ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    _move_into_place(folder)
+    try:
+        _move_into_place(folder)
+    except OSError as error:
+        raise OutputError(
+            f"The results are whole in {folder / _COMMITTED}, but could not be moved into place ({error}). The next run, or "
+            "load_direction, will do it."
+        ) from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _sync(path: Path) -> None:
@@ -254,4 +271,6 @@ def load_direction(folder: str | Path = "artifacts") -> Direction:
         raise OutputError(
             f"{folder} holds no refusal direction ({error.strerror}: {error.filename}). Run extract_refusal_direction.py first."
         ) from error
+    except (ValueError, pickle.UnpicklingError) as error:
+        raise OutputError(f"{folder} holds a refusal direction that cannot be read ({error}). Make it anew.") from error
     return Direction(vector, metadata["layer"], metadata["position"], metadata["model_id"])

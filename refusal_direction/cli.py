@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -110,6 +111,9 @@ def config_from(arguments: argparse.Namespace, rules: Rules = TEXT) -> Config:
         value = getattr(arguments, name, None)
         if value is not None and value < 1:
             raise ConfigurationError(f"--{name} {value}: must be at least 1.")
+    for name in ("kl_threshold", "induce_threshold"):
+        if not math.isfinite(getattr(arguments, name)):
+            raise ConfigurationError(f"--{name} {getattr(arguments, name)}: must be a finite number.")
     if not 0 <= arguments.prune_layers < 1:
         raise ConfigurationError(f"--prune_layers {arguments.prune_layers}: must be at least 0 and below 1.")
     if arguments.refusal_tokens and arguments.calibrate_refusal:
@@ -168,7 +172,7 @@ def _run(config: Config) -> None:
     from refusal_direction.pipeline import extract
 
     artifacts.check_writable(config.output_dir)
-    extraction: Extraction = extract(config, progress=_bar)
+    extraction: Extraction = extract(config.model.model_id, config, progress=_bar)
     artifacts.write(extraction, config.output_dir)
     print(report.results(extraction), report.files(config), sep="\n\n")
     if config.sanity:

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from refusal_direction import prompts as prompt_sources
-from refusal_direction.config import TEXT, VISION, Config, ModelSource
+from refusal_direction.config import VISION_CONFIG, Config
 from refusal_direction.directions import mean_difference
 from refusal_direction.engine import Candidates, Engine
 from refusal_direction.engine.interventions import ResidualStream
 from refusal_direction.engine.residency import execution_device
+from refusal_direction.errors import PromptError, TokenizerError, TooFewPromptsError, UnsupportedModelError
 from refusal_direction.memory import peak_bytes
 from refusal_direction.models import refusal_tokens
 from refusal_direction.models.chat import ChatModel
@@ -32,6 +33,7 @@ from refusal_direction.scoring import (
     Scores,
     intervention_rows,
     measure_baseline,
+    null_candidates,
     score_candidates,
 )
 from refusal_direction.selection import (
@@ -107,29 +109,37 @@ def _silent(description: str, total: int) -> AbstractContextManager[Callable[[in
 
 
 def extract(
-    model: str | ChatModel | Config = Config(), *, prompts: PromptSets | None = None, progress: Progress = _silent
+    model: str | ChatModel,
+    config: Config | None = None,
+    *,
+    prompts: PromptSets | None = None,
+    progress: Progress = _silent,
 ) -> Extraction:
     """Find the refusal direction of a chat model.
 
     Args:
-        model: a Hub id, a folder or "demo"; a loaded chat model; or a whole configuration.
+        model: a Hub id, a folder or "demo"; or a loaded chat model.
+        config: every other setting; None for the defaults.
         prompts: the prompts to use; None gathers those of the configuration.
         progress: called once for each pass over the weights.
 
     Raises RefusalDirectionError: see refusal_direction.errors for every case.
     """
-    config, chat = _resolve(model)
+    config, chat = _resolve(model, config)
     clock = _Clock()
     with recorded_warnings() as warnings:
         with clock("prompts"):
             prompts = prompts or prompt_sources.gather(config, progress=progress is not _silent)
+        if not all(prompts.indices().values()):
+            raise TooFewPromptsError("A set of prompts is empty. Each of the four needs at least one.")
         with clock("model"):
             chat = chat or load(config)
             stream = ResidualStream(chat.model)
             tokens = _tokens(config, chat, prompts)
-            engine = Engine(stream, [chat.inputs(prompt) for prompt in prompts.everything], config.batch_size)
+            engine = Engine(stream, _inputs(chat, prompts), config.batch_size)
         with clock("baseline"):
             baseline = _baseline(engine, chat, tokens, prompts, progress)
+            _check_finite(baseline, chat)
             kept = keep_fitting(baseline.refusal, prompts.indices(), skip=config.skip_filter, rules=config.rules)
         candidates = _candidates(baseline, kept)
         with clock("interventions"):
@@ -153,14 +163,13 @@ def extract(
     )
 
 
-def _resolve(model: str | ChatModel | Config) -> tuple[Config, ChatModel | None]:
-    if isinstance(model, Config):
-        return model, None
-    if isinstance(model, str):
-        return Config(model=ModelSource(model)), None
-    return Config(
-        rules=VISION if isinstance(model, VisionChatModel) else TEXT, model=ModelSource(model.model_id)
-    ), model
+def _resolve(model: str | ChatModel, config: Config | None) -> tuple[Config, ChatModel | None]:
+    """The whole configuration, and the model if it is loaded."""
+    if config is None:
+        config = VISION_CONFIG if isinstance(model, VisionChatModel) else Config()
+    model_id = model if isinstance(model, str) else model.model_id
+    chat = None if isinstance(model, str) else model
+    return replace(config, model=replace(config.model, model_id=model_id)), chat
 
 
 class _Recorder(logging.Handler):
@@ -195,6 +204,38 @@ class _Clock:
         self.seconds[stage] = time.perf_counter() - begin
 
 
+def _inputs(chat: ChatModel, prompts: PromptSets) -> list[dict[str, Tensor]]:
+    """What the model is given for each prompt.
+
+    Raises PromptError where a prompt has more tokens than the model has positions, or a token that it does not have.
+    """
+    text_config = chat.model.config.get_text_config()
+    most = getattr(text_config, "max_position_embeddings", None)
+    inputs = []
+    for prompt in prompts.everything:
+        inputs.append(chat.inputs(prompt))
+        ids = inputs[-1]["input_ids"]
+        if most is not None and ids.shape[1] > most:
+            raise PromptError(
+                f"{prompt.id} has {ids.shape[1]} tokens, but {chat.model_id} takes {most}. Leave it out, or shorten it."
+            )
+        if int(ids.max()) >= chat.model.get_input_embeddings().num_embeddings:
+            raise TokenizerError(
+                f"The tokenizer of {chat.model_id} has tokens that the model does not know ({int(ids.max())}). They do not "
+                "belong together: get both from the same place."
+            )
+    return inputs
+
+
+def _check_finite(baseline: Baseline, chat: ChatModel) -> None:
+    """Raise UnsupportedModelError where the model's own logits are not numbers."""
+    if baseline.refusal.isnan().any():
+        raise UnsupportedModelError(
+            f"The logits of {chat.model_id} are not numbers for {int(baseline.refusal.isnan().sum())} of "
+            f"{len(baseline.refusal)} prompts, without any intervention. Try --dtype float32."
+        )
+
+
 def _tokens(config: Config, chat: ChatModel, prompts: PromptSets) -> RefusalTokens:
     if config.calibrate_refusal:
         return refusal_tokens.calibrated(chat, prompts.harmful_train, config.rules)
@@ -206,7 +247,7 @@ def _baseline(
 ) -> Baseline:
     indices = prompts.indices()
     total = len(prompts.everything) * len(engine.stream.layers)
-    with progress("Sweep 1 of 2: baseline", total) as tick:
+    with progress("Sweep 1: baseline", total) as tick:
         return measure_baseline(
             engine,
             tokens,
@@ -240,16 +281,17 @@ def _choose(
         with progress(sweep, engine.work(rows, flat)) as tick:
             return score_candidates(engine, tokens, flat, rows, baseline, kept, tick)
 
+    null = frozenset(torch.nonzero(null_candidates(flat)).flatten().tolist())
     if not config.rules.relative_steering:
-        scores = scored("Sweep 2 of 2: interventions", ALL)
+        scores = scored("Sweep 2: interventions", ALL)
         means = _means(scores, n_positions, n_layers)
-        return scores, means, select(means, n_layers, config.thresholds)
-    scores = scored("Sweep 2 of 3: KL divergence", frozenset({Measure.KL}))
+        return scores, means, select(means, n_layers, config.thresholds, null)
+    scores = scored("Sweep 2: KL divergence", frozenset({Measure.KL}))
     means = _means(scores, n_positions, n_layers)
     top_k = len(means) if config.rules.top_k is None else config.rules.top_k
-    finalists = survivors(means, n_layers, config.thresholds, top_k)
+    finalists = survivors(means, n_layers, config.thresholds, top_k, null)
     among = range(len(means)) if config.rules.top_k is None else finalists
-    scores = scores.with_more(scored("Sweep 3 of 3: ablation and steering", ALL - {Measure.KL}, among))
+    scores = scores.with_more(scored("Sweep 3: ablation and steering", ALL - {Measure.KL}, among))
     means = _means(scores, n_positions, n_layers)
     harmless = float(baseline.refusal[kept["harmless_val"]].mean())
     return scores, means, select_survivor(means, finalists, config.thresholds, harmless)

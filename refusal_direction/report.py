@@ -21,10 +21,10 @@ __all__ = ["completions", "files", "results"]
 _SHOWN = 3
 
 
-def _with_error(values: Tensor) -> str:
-    """Mean and standard error over the prompts."""
-    error = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else float("nan")
-    return f"{float(values.mean()):.2f} ± {error:.2f}"
+def _with_error(values: Tensor, digits: int = 2) -> str:
+    """Mean and standard error over the prompts; of one prompt there is none."""
+    mean = f"{float(values.mean()):.{digits}f}"
+    return f"{mean} ± {float(values.std() / math.sqrt(len(values))):.{digits}f}" if len(values) > 1 else mean
 
 
 def results(extraction: Extraction) -> str:
@@ -45,11 +45,7 @@ def results(extraction: Extraction) -> str:
             _with_error(extraction.scores.steering[chosen.index]),
             _with_error(refusal[kept["harmless_val"]]),
         ),
-        (
-            "KL divergence (harmless, ablated)",
-            f"{float(kl.mean()):.3f} ± {float(kl.std() / math.sqrt(len(kl))):.3f}",
-            "—",
-        ),
+        ("KL divergence (harmless, ablated)", _with_error(kl, 3), "—"),
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -75,7 +75,8 @@ def keep_fitting(
             name,
             least,
         )
-        fitting = sorted(members, key=lambda i: float(refusal[i]), reverse=name.startswith("harmful"))
+        sign = -1.0 if name.startswith("harmful") else 1.0
+        fitting = sorted(members, key=lambda i, sign=sign: float((sign * refusal[i]).nan_to_num(math.inf)))  # type: ignore[misc]
         kept[name] = sorted(fitting[:least])
     return kept
 
@@ -95,12 +96,15 @@ def layer_limit(n_layers: int, thresholds: Thresholds) -> int:
     return int(n_layers * (1.0 - thresholds.prune_layers))
 
 
-def survivors(scores: Sequence[CandidateScore], n_layers: int, thresholds: Thresholds, top_k: int) -> list[int]:
+def survivors(
+    scores: Sequence[CandidateScore], n_layers: int, thresholds: Thresholds, top_k: int, null: Container[int] = ()
+) -> list[int]:
     """The at most `top_k` candidates of lowest KL among those that the layer and KL conditions admit.
 
-    If they admit none, the `top_k` of lowest KL, with a warning. In (position, layer) order.
+    If they admit none, the `top_k` of lowest KL, with a warning. In (position, layer) order. Candidates of length zero
+    (`null`) never survive.
     """
-    measured = [index for index, score in enumerate(scores) if not math.isnan(score.kl_div)]
+    measured = [index for index, score in enumerate(scores) if index not in null and not math.isnan(score.kl_div)]
     limit = layer_limit(n_layers, thresholds)
     fitting = [i for i in measured if scores[i].layer < limit and scores[i].kl_div <= thresholds.kl]
     if not fitting:
@@ -110,7 +114,9 @@ def survivors(scores: Sequence[CandidateScore], n_layers: int, thresholds: Thres
     return sorted(sorted(fitting or measured, key=lambda index: scores[index].kl_div)[:top_k])
 
 
-def _first_failure(score: CandidateScore, limit: int, thresholds: Thresholds) -> str | None:
+def _first_failure(score: CandidateScore, limit: int, thresholds: Thresholds, null: bool) -> str | None:
+    if null:
+        return "length zero"
     if any(math.isnan(value) for value in (score.ablation_refusal, score.steering_refusal, score.kl_div)):
         return "a score is NaN"
     if score.layer >= limit:
@@ -122,17 +128,22 @@ def _first_failure(score: CandidateScore, limit: int, thresholds: Thresholds) ->
     return None
 
 
-def select(scores: Sequence[CandidateScore], n_layers: int, thresholds: Thresholds) -> Selection:
+def select(
+    scores: Sequence[CandidateScore], n_layers: int, thresholds: Thresholds, null: Container[int] = ()
+) -> Selection:
     """The admissible candidate with the lowest ablation score; of equals the first (paper, appendix C).
+
+    Candidates of length zero (`null`) are never admissible.
 
     Raises NoCandidateError, with the nearest misses, where none is admissible.
     """
     limit = layer_limit(n_layers, thresholds)
-    failures = [_first_failure(score, limit, thresholds) for score in scores]
+    failures = [_first_failure(score, limit, thresholds, index in null) for index, score in enumerate(scores)]
     admissible = [index for index, failure in enumerate(failures) if failure is None]
     discarded = dict(Counter(failure for failure in failures if failure is not None))
     if not admissible:
-        raise NoCandidateError(_explanation(scores, limit, thresholds, discarded))
+        alive = [score for index, score in enumerate(scores) if index not in null]
+        raise NoCandidateError(_explanation(len(scores), alive, limit, thresholds, discarded))
     best = _lowest_ablation(scores, admissible)
     return Selection(best, scores[best], discarded)
 
@@ -146,7 +157,9 @@ def select_survivor(
 
     Raises NoCandidateError where no finalist has scores.
     """
-    scored = [index for index in finalists if not math.isnan(scores[index].ablation_refusal)]
+    scored = [
+        index for index in finalists if not math.isnan(scores[index].ablation_refusal + scores[index].steering_refusal)
+    ]
     if not scored:
         raise NoCandidateError("Every score of every candidate is NaN. Try --dtype float32.")
     floor = baseline + thresholds.induce
@@ -169,7 +182,7 @@ def _lowest_ablation(scores: Sequence[CandidateScore], among: Sequence[int]) -> 
 
 
 def _explanation(
-    scores: Sequence[CandidateScore], limit: int, thresholds: Thresholds, discarded: dict[str, int]
+    count: int, scores: Sequence[CandidateScore], limit: int, thresholds: Thresholds, discarded: dict[str, int]
 ) -> str:
     reasons = "; ".join(f"{count} by {reason}" for reason, count in discarded.items())
 
@@ -188,7 +201,7 @@ def _explanation(
     ]
     misses = "\nThe nearest misses:\n" + "\n".join(lines) if lines else ""
     return (
-        f"None of {len(scores)} candidates passes every condition: {reasons}. No direction in this model both carries refusal "
+        f"None of {count} candidates passes every condition: {reasons}. No direction in this model both carries refusal "
         f"and leaves harmless behaviour alone, by these thresholds. Nothing was written.{misses}"
     )
 

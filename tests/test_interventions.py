@@ -244,3 +244,26 @@ def test_directions_for_another_number_of_rows_are_refused() -> None:
     model = build(FAMILIES["llama"])
     with pytest.raises((ValueError, RuntimeError)), ablated(model, direction(rows=2)):
         logits(model, PROMPTS[:, :6])  # 3 rows of 6 tokens are not 2 rows of 9
+
+
+@pytest.mark.parametrize("context", [ablated, lambda model, r: steered(model, r, layer=1)])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        torch.ones(7),
+        torch.ones(1),
+        torch.ones(2, 3, 32),
+        torch.ones(32, dtype=torch.long),
+        torch.full((32,), torch.nan),
+    ],
+    ids=["size", "one number", "axes", "integers", "not a number"],
+)
+def test_what_is_no_direction_is_refused(context: Callable[..., Any], wrong: Tensor) -> None:
+    with pytest.raises(ValueError, match="A direction"), context(build(FAMILIES["llama"]), wrong):
+        pass
+
+
+def test_added_directions_for_another_number_of_rows_are_refused() -> None:
+    model = build(FAMILIES["llama"])
+    with pytest.raises(ValueError, match="2 directions for"), steered(model, direction(rows=2), layer=1):
+        model(input_ids=torch.ones(3, 4, dtype=torch.long))

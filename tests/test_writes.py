@@ -187,3 +187,16 @@ def test_finder_leaves_the_layer_and_its_input_as_they_were() -> None:
     with pytest.raises(UnsupportedModelError):
         _writes(broken := PostNormLayer())
     assert all(not module._forward_hooks for module in broken.modules())
+
+
+@pytest.mark.parametrize(("name", "scale"), [("llama", 0.01), ("llama", 0.001), ("gemma2", 0.1), ("gemma2", 0.03)])
+def test_a_small_write_is_found_in_half_precision_too(name: str, scale: float) -> None:
+    """In bfloat16 it would drown in the rounding of the other write."""
+    model = build(FAMILIES[name])
+    for layer in model.model.layers:
+        source = layer.self_attn.o_proj if name == "llama" else layer.post_attention_layernorm
+        source.weight.data = (scale * (1 + source.weight.data) - 1) if name == "gemma2" else scale * source.weight.data
+    exact = ResidualStream(model).writes
+    half = model.to(torch.bfloat16)
+    assert ResidualStream(half).writes == exact
+    assert {weight.dtype for weight in half.parameters()} == {torch.bfloat16}

@@ -113,7 +113,7 @@ class Engine:
         Raises UnsupportedModelError where an ablated stream still holds some of its direction.
         """
         self._runner.run(rows, consume=consume, candidates=candidates, tick=tick)
-        tolerance = max(1e-4, 4 * torch.finfo(self.stream.skeleton.model.dtype).eps)
+        tolerance = max(1e-4, torch.finfo(self.stream.skeleton.model.dtype).eps)
         if self.leak > tolerance:
             raise UnsupportedModelError(
                 f"After ablation {self.leak:.1%} of the residual stream still lay along the direction: a write was missed, "

@@ -19,10 +19,10 @@ from refusal_direction.errors import UnsupportedModelError
 if TYPE_CHECKING:
     from jaxtyping import Int
 
-__all__ = ["batch_axes", "concatenate", "take_rows"]
+__all__ = ["batch_axes", "concatenate", "map_tensors", "take_rows"]
 
 
-def _walk(visit: Callable[..., Any], tree: Any, *others: Any) -> Any:
+def map_tensors(visit: Callable[..., Any], tree: Any, *others: Any) -> Any:
     """Apply `visit` to corresponding tensors of nested tuples, lists and mappings; other leaves stay the first tree's.
 
     The first tree leads: where it has nothing (short prompts may come without a mask that long ones have), the others
@@ -33,9 +33,9 @@ def _walk(visit: Callable[..., Any], tree: Any, *others: Any) -> Any:
     if isinstance(tree, (tuple, list)):
         if any(len(other) != len(tree) for other in others):
             raise UnsupportedModelError("A layer argument has another number of parts for another number of rows.")
-        return type(tree)(_walk(visit, *parts) for parts in zip(tree, *others, strict=True))
+        return type(tree)(map_tensors(visit, *parts) for parts in zip(tree, *others, strict=True))
     if isinstance(tree, Mapping):
-        return {name: _walk(visit, tree[name], *(other[name] for other in others)) for name in tree}
+        return {name: map_tensors(visit, tree[name], *(other[name] for other in others)) for name in tree}
     return tree
 
 
@@ -55,7 +55,7 @@ def batch_axes(of_two: Any, of_three: Any) -> Any:
 
     Raises UnsupportedModelError where they cannot be compared.
     """
-    return _walk(_axis, of_two, of_three)
+    return map_tensors(_axis, of_two, of_three)
 
 
 def take_rows(tree: Any, axes: Any, rows: Int[Tensor, "row"], prompts: int) -> Any:
@@ -67,7 +67,7 @@ def take_rows(tree: Any, axes: Any, rows: Int[Tensor, "row"], prompts: int) -> A
         split = tensor.unflatten(axis, (prompts, tensor.shape[axis] // prompts))
         return split.index_select(axis, rows.to(tensor.device)).flatten(axis, axis + 1)
 
-    return _walk(take, tree, axes)
+    return map_tensors(take, tree, axes)
 
 
 def concatenate(trees: list[Any], axes: Any, joined: dict[int, Tensor]) -> Any:
@@ -84,4 +84,4 @@ def concatenate(trees: list[Any], axes: Any, joined: dict[int, Tensor]) -> Any:
             joined[id(tensor)] = torch.cat([tensor, *others], axis)
         return joined[id(tensor)]
 
-    return _walk(join, trees[0], axes, *trees[1:])
+    return map_tensors(join, trees[0], axes, *trees[1:])

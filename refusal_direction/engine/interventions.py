@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from refusal_direction.directions import ablate, unit
 from refusal_direction.engine.residency import execution_device, resident
 from refusal_direction.engine.skeleton import Prelude, Skeleton
-from refusal_direction.models.writes import WriteSite, find_writes, kind_of
+from refusal_direction.models.writes import WriteSite, find_writes, in_float32, kind_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -52,7 +52,9 @@ class ResidualStream:
             kind = kind_of(layer)
             if kind not in found:
                 self.skeleton.held.enter_context(resident(layer))
-                found[kind] = find_writes(layer, partial(call, layer), prelude.hidden)
+                with in_float32(layer) as widened:
+                    hidden = prelude.hidden.float() if widened else prelude.hidden
+                    found[kind] = find_writes(layer, partial(call.in_float32() if widened else call, layer), hidden)
             if self.shares_state:  # the layers above need what this one leaves behind
                 call(layer, prelude.hidden, private=False)
         return [found[kind_of(layer)] for layer in self.layers]
@@ -80,13 +82,29 @@ class ResidualStream:
     @contextmanager
     def steered(self, r: Tensor, layer: int) -> Iterator[None]:
         """Within the context r is added to the input of a layer, at every position."""
-        added = r if r.ndim == 1 else r.unsqueeze(1)
-        add = _change_input(lambda x: x + added.to(x))
+
+        def plus(x: Tensor) -> Tensor:
+            if r.ndim == 2 and len(r) != len(x):
+                raise ValueError(f"{len(r)} directions for {len(x)} rows: give one direction, or one for each row.")
+            return x + (r if r.ndim == 1 else r.unsqueeze(1)).to(x)
+
+        add = _change_input(plus)
         handle = self.layers[layer].register_forward_pre_hook(add, with_kwargs=True)
         try:
             yield
         finally:
             handle.remove()
+
+
+def _checked(vector: Tensor, d_model: int) -> Tensor:
+    """Raise ValueError where a vector is no direction of this model."""
+    if vector.ndim not in (1, 2) or vector.shape[-1] != d_model:
+        raise ValueError(
+            f"A direction of shape {tuple(vector.shape)} was given: this model needs ({d_model},) or (row, {d_model})."
+        )
+    if not vector.is_floating_point() or not vector.isfinite().all():
+        raise ValueError("A direction must be of finite floating-point numbers.")
+    return vector
 
 
 def _ablate_output(site: WriteSite, u: Tensor) -> Callable[..., Any]:
@@ -133,12 +151,13 @@ def ablated(
         model: any transformers decoder, also a vision-language model.
         direction: need not be normalised; (row, d_model) gives each row of the batch its own.
 
-    Raises UnsupportedModelError where the model's residual writes cannot be found.
+    Raises UnsupportedModelError where the model's residual writes cannot be found, ValueError where `direction` is none.
 
         with ablated(model, direction):
             model.generate(**inputs)
     """
-    with residual_stream(model).ablated(unit(direction)):
+    stream = residual_stream(model)
+    with stream.ablated(unit(_checked(direction, stream.skeleton.d_model))):
         yield model
 
 
@@ -154,7 +173,8 @@ def steered(
 
     `direction` is used as it is, not normalised; (row, d_model) gives each row of the batch its own.
 
-    Raises UnsupportedModelError where the model's decoder layers cannot be found, IndexError for a layer it has not.
+    Raises UnsupportedModelError where the model's decoder layers cannot be found, IndexError for a layer it has not, ValueError where `direction` is none of this model's.
     """
-    with residual_stream(model).steered(coefficient * direction, layer):
+    stream = residual_stream(model)
+    with stream.steered(coefficient * _checked(direction, stream.skeleton.d_model), layer):
         yield model

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from refusal_direction.engine.arguments import map_tensors
 from refusal_direction.engine.residency import execution_device, outside, resident
 from refusal_direction.errors import UnsupportedModelError
 from refusal_direction.models.layers import find_layers
@@ -49,6 +50,13 @@ class LayerCall:
     def __call__(self, layer: Callable[..., Any], hidden: Tensor, *, private: bool = True) -> Tensor:
         """Run a layer on hidden states; unless `private`, what it leaves in shared mappings stays there."""
         return first(self.output(layer, hidden, private=private))
+
+    def in_float32(self) -> LayerCall:
+        """The same call with its floating-point tensors in float32."""
+        widened = map_tensors(
+            lambda tensor: tensor.float() if tensor.is_floating_point() else tensor, (self.args, self.kwargs)
+        )
+        return LayerCall(*widened)
 
     def output(self, layer: Callable[..., Any], hidden: Tensor, *, private: bool = True) -> Any:
         """The layer's whole output, a tensor or a tuple."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jinja2 import TemplateError
@@ -18,20 +18,29 @@ from refusal_direction.prompts.sets import Prompt
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["ChatModel", "TEMPLATE_ARGUMENTS"]
+__all__ = ["ChatModel", "TEMPLATE_ARGUMENTS", "pinned"]
 
-_PINNED_DATE = "26 Jul 2024"
+_DATE = "26 Jul 2024"
+TEMPLATE_ARGUMENTS = {"enable_thinking": False, "date_string": _DATE}
+"""What templates are told, so that the same prompt renders the same every day, and thinking is off."""
+
+_PINNED = "{% set enable_thinking = false %}{% set date_string = '" + _DATE + "' %}"
+_PINNED_CLOCK = "{% macro strftime_now(format) %}" + _DATE + "{% endmacro %}"
 
 
-_PINNED_CLOCK = "{% macro strftime_now(format) %}" + _PINNED_DATE + "{% endmacro %}"
+def pinned(template: str) -> str:
+    """A template with TEMPLATE_ARGUMENTS set in itself: a processor takes arguments that it does not know for its own."""
+    return _PINNED + (_PINNED_CLOCK if "strftime_now" in template else "") + template
 
-TEMPLATE_ARGUMENTS: dict[str, Any] = {"enable_thinking": False, "date_string": _PINNED_DATE}
-"""What templates are given so that the same prompt renders the same every day, and thinking is off."""
 
 # They end in different tokens, so what their renderings have in common at the end is the template's.
 _ENDINGS = ("How are you", "Is it 7?", "Name a colour.", "(yes)", "the letter x", "Sing!")
 _GENERATED_TOGETHER = 32
 _SAMPLE = "The quick brown fox jumps over 13 lazy dogs. Why?"
+
+
+def _asked(request: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": request}]
 
 
 @dataclass(frozen=True)
@@ -51,24 +60,22 @@ class ChatModel:
 
         Raises ChatTemplateError where there is no template, or it fails.
         """
+        return self._rendered(_asked(request), add_generation_prompt=True)
+
+    def _rendered(self, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> str:
         try:
             rendered = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": request}],
+                messages,
                 tokenize=False,
-                add_generation_prompt=True,
-                chat_template=self._template(),
-                **TEMPLATE_ARGUMENTS,
+                add_generation_prompt=add_generation_prompt,
+                chat_template=pinned(self.tokenizer.get_chat_template(self.chat_template)),
             )
-        except (ValueError, TemplateError) as error:
+        except (ValueError, TypeError, TemplateError) as error:
             raise ChatTemplateError(
                 f"The chat template of {self.model_id} is missing or cannot be used ({error}). Use a chat model, or pass "
                 "--chat_template with a Jinja template or a file that holds one."
             ) from error
         return str(rendered)
-
-    def _template(self) -> str:
-        template = self.tokenizer.get_chat_template(self.chat_template)
-        return _PINNED_CLOCK + template if "strftime_now" in template else template
 
     def encode(self, request: str, reply: str = "") -> list[int]:
         """Token ids of the rendered request and the start of a reply. The template writes the special tokens itself."""
@@ -101,12 +108,21 @@ class ChatModel:
         ids = torch.tensor([self.encode(prompt.text)], device=execution_device(self.model))
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
-    def first_token(self, reply: str) -> int:
-        """The token with which the model would begin this reply."""
-        before, after = self.encode("Hello"), self.encode("Hello", reply)
+    def reply_tokens(self, reply: str) -> list[int]:
+        """The tokens in which the model would write a reply, with what the template puts before it (Llama 2: a space)."""
+        before = self.encode("Hello")
+        after = self.encode("Hello", self._space_before(reply) + reply)
         if after[: len(before)] == before:
-            return after[len(before)]
-        return int(self.tokenizer(reply, add_special_tokens=False)["input_ids"][0])
+            return after[len(before) :]
+        return list(self.tokenizer(reply, add_special_tokens=False)["input_ids"])
+
+    def _space_before(self, reply: str) -> str:
+        prompt, exchange = (
+            self.render("Hello"),
+            self._rendered([*_asked("Hello"), {"role": "assistant", "content": reply}]),
+        )
+        space = exchange[len(prompt) :].partition(reply)[0]
+        return space if exchange.startswith(prompt) and space.isspace() else ""
 
     def text_of(self, token: int) -> str:
         return str(self.tokenizer.decode([token]))
@@ -120,24 +136,27 @@ class ChatModel:
                 "A model folder needs tokenizer.json (or tokenizer.model) and tokenizer_config.json beside the weights."
             )
 
-    @torch.no_grad()
     def complete(self, prompts: Sequence[Prompt | str], max_new_tokens: int = 32) -> list[str]:
-        """Greedy completions, in order. Prompts of equal length share a batch, so nothing is padded."""
+        """Greedy completions, in order."""
+        replies = self.generate(prompts, max_new_tokens)
+        return [str(text) for text in self.tokenizer.batch_decode(replies, skip_special_tokens=True)]
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Prompt | str], max_new_tokens: int = 32) -> list[list[int]]:
+        """Token ids of greedy completions, in order. Prompts of equal length share a batch, so nothing is padded."""
         inputs = [self.inputs(Prompt("", prompt) if isinstance(prompt, str) else prompt) for prompt in prompts]
         alike: dict[tuple[torch.Size, ...], list[int]] = {}
         for index, tensors in enumerate(inputs):
             alike.setdefault(tuple(tensor.shape for tensor in tensors.values()), []).append(index)
-        completions = [""] * len(prompts)
+        replies: list[list[int]] = [[] for _ in prompts]
         for members in alike.values():
             for begin in range(0, len(members), _GENERATED_TOGETHER):
                 some = members[begin : begin + _GENERATED_TOGETHER]
                 batch = {name: torch.cat([inputs[index][name] for index in some]) for name in inputs[some[0]]}
                 output = self._generate(batch, max_new_tokens)[:, batch["input_ids"].shape[1] :]
-                for index, text in zip(
-                    some, self.tokenizer.batch_decode(output, skip_special_tokens=True), strict=True
-                ):
-                    completions[index] = text
-        return completions
+                for index, reply in zip(some, output.tolist(), strict=True):
+                    replies[index] = reply
+        return replies
 
     def _generate(self, batch: dict[str, Tensor], max_new_tokens: int) -> Tensor:
         pad = self.tokenizer.pad_token_id

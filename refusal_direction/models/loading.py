@@ -175,7 +175,7 @@ def _template(given: str | None) -> str | None:
         return given
     try:
         return Path(given).read_text(encoding="utf-8")
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(
             f"--chat_template {given}: neither a Jinja template (it has no braces) nor a file that can be read."
         ) from error
@@ -193,6 +193,11 @@ def _access_explained(model_id: str) -> Iterator[None]:
     """Turn the Hub's errors into ones that say what to do."""
     try:
         yield
+    except ImportError as error:
+        raise ModelAccessError(
+            f"{model_id} needs a package that is not installed: {' '.join(str(error).split())} Install it (often: pip install "
+            "torchvision), or use another model."
+        ) from error
     except (OSError, ValueError) as error:  # HFValidationError is a ValueError; so is a folder without config.json
         causes = tuple(_causes(error))
         if any(isinstance(cause, GatedRepoError) for cause in causes):

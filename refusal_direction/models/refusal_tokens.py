@@ -15,9 +15,13 @@ __all__ = ["FAMILY_TOKENS", "REFUSAL_PREFIXES", "RefusalTokens", "calibrated", "
 
 FAMILY_TOKENS = {
     "gemma": ("I",),
+    "gemma2": ("I",),  # not in the paper; as Gemma
+    "gemma3": ("I",),
+    "gemma3_text": ("I",),
     "llama": ("I",),  # also Yi
     "qwen": ("I", "As"),
     "qwen2": ("I", "As"),
+    "qwen3": ("I", "As"),  # not in the paper; as Qwen
 }
 """Refusal tokens by the configuration's model_type, as published (paper, appendix B)."""
 
@@ -66,10 +70,10 @@ def chosen(chat: ChatModel, asked: Sequence[str], rules: Rules = TEXT) -> Refusa
         return _named(chat, [_single_token(chat, token) for token in asked], "--refusal_tokens")
     family = chat.model.config.model_type
     if not rules.images and family in FAMILY_TOKENS:
-        ids = [chat.first_token(text) for text in FAMILY_TOKENS[family]]
+        ids = [_first_token(chat, text) for text in FAMILY_TOKENS[family]]
         return _named(chat, ids, f"published for the {family} family")
     phrases = REFUSAL_PHRASES if not rules.images else VISION_PHRASES
-    return _named(chat, [chat.first_token(phrase) for phrase in phrases], "first tokens of refusal phrases")
+    return _named(chat, [_first_token(chat, phrase) for phrase in phrases], "first tokens of refusal phrases")
 
 
 def calibrated(chat: ChatModel, harmful: Sequence[Prompt], rules: Rules = TEXT) -> RefusalTokens:
@@ -81,29 +85,41 @@ def calibrated(chat: ChatModel, harmful: Sequence[Prompt], rules: Rules = TEXT) 
     Raises RefusalTokenError where it refuses none of them (text).
     """
     prompts = harmful[:_CALIBRATION_PROMPTS]
-    replies = chat.complete(prompts, max_new_tokens=16)
-    refusals = [text for text in replies if is_refusal(text)]
+    special = set(chat.tokenizer.all_special_ids)
+    replies = [
+        [token for token in reply if token not in special] for reply in chat.generate(prompts, max_new_tokens=16)
+    ]
+    refusals = [reply for reply in replies if reply and is_refusal(str(chat.tokenizer.decode(reply)))]
     said = f"calibrated on {len(refusals)} refusals of {len(prompts)} harmful prompts"
     if rules.images:
-        common = _common(
-            [chat.first_token(text) for text in replies if text.strip()], _LEAST_SHARE_OF_REPLIES, len(prompts)
-        )
-        return _named(chat, [*(chat.first_token(phrase) for phrase in VISION_PHRASES), *common], said)
+        phrases = [_first_token(chat, phrase) for phrase in VISION_PHRASES]
+        return _named(chat, [*phrases, *_common(replies, _LEAST_SHARE_OF_REPLIES)], said)
     if not refusals:
         raise RefusalTokenError(
             f"{chat.model_id} refused none of {len(prompts)} harmful prompts, so --calibrate_refusal has nothing to learn "
             "from. Name the tokens that begin its refusals with --refusal_tokens, or use other harmful prompts."
         )
-    common = _common([chat.first_token(text) for text in refusals], _LEAST_SHARE_OF_REFUSALS, len(refusals))
-    return _named(chat, common, said)
+    return _named(chat, _common(refusals, _LEAST_SHARE_OF_REFUSALS), said)
 
 
-def _common(tokens: Sequence[int], share: float, of: int) -> list[int]:
-    return [token for token, count in Counter(tokens).most_common() if count >= share * of]
+def _common(replies: Sequence[list[int]], share: float) -> list[int]:
+    """The tokens that begin at least this share of the replies."""
+    counts = Counter(reply[0] for reply in replies if reply)
+    return [token for token, count in counts.most_common() if count >= share * len(replies)]
+
+
+def _first_token(chat: ChatModel, reply: str) -> int:
+    """The token with which the model would begin this reply."""
+    return chat.reply_tokens(reply)[0]
 
 
 def _named(chat: ChatModel, ids: Sequence[int], source: str) -> RefusalTokens:
     distinct = tuple(dict.fromkeys(ids))
+    if chat.tokenizer.unk_token_id in distinct:
+        raise RefusalTokenError(
+            f"The tokens that begin a refusal ({source}) are not in the vocabulary of {chat.model_id}. Name others with "
+            "--refusal_tokens, or find them with --calibrate_refusal."
+        )
     return RefusalTokens(distinct, tuple(chat.text_of(token) for token in distinct), source)
 
 
@@ -113,7 +129,7 @@ def _single_token(chat: ChatModel, token: str) -> int:
         if int(token) >= size:
             raise RefusalTokenError(f"--refusal_tokens {token}: the vocabulary of {chat.model_id} ends at {size - 1}.")
         return int(token)
-    ids = list(chat.tokenizer(token, add_special_tokens=False)["input_ids"])
+    ids = chat.reply_tokens(token)
     if len(ids) != 1 or ids[0] == chat.tokenizer.unk_token_id:
         pieces = ", ".join(f"{chat.text_of(piece)!r} ({piece})" for piece in ids)
         raise RefusalTokenError(

@@ -10,7 +10,7 @@ from jinja2 import TemplateError
 from refusal_direction.config import VISION
 from refusal_direction.engine.residency import execution_device
 from refusal_direction.errors import ChatTemplateError
-from refusal_direction.models.chat import TEMPLATE_ARGUMENTS, ChatModel
+from refusal_direction.models.chat import ChatModel, pinned
 from refusal_direction.prompts.sets import Prompt
 
 if TYPE_CHECKING:
@@ -55,10 +55,16 @@ class VisionChatModel(ChatModel):
         }
 
     def _raw(self, template: str, prompt: Prompt) -> Any:
-        return self.processor(text=template.format(question=prompt.text), images=prompt.image, return_tensors="pt")
+        text = template.format(question=self._plain(prompt.text))
+        return self.processor(text=text, images=prompt.image, return_tensors="pt")
+
+    def _plain(self, text: str) -> str:
+        """A question that speaks of an image token does not stand for an image."""
+        token = getattr(self.processor, "image_token", None)
+        return text.replace(token, token.strip("<>|[]")) if token else text
 
     def _through_template(self, prompt: Prompt) -> Any:
-        content: list[dict[str, Any]] = [{"type": "text", "text": prompt.text}]
+        content: list[dict[str, Any]] = [{"type": "text", "text": self._plain(prompt.text)}]
         if prompt.image is not None:
             content.insert(0, {"type": "image", "image": prompt.image})
         try:
@@ -68,15 +74,23 @@ class VisionChatModel(ChatModel):
                 return_dict=True,
                 return_tensors="pt",
                 add_generation_prompt=True,
-                chat_template=self.chat_template,
-                **TEMPLATE_ARGUMENTS,
+                chat_template=self._template(),
             )
-        except (ValueError, TemplateError) as error:
+        except (ValueError, TypeError, TemplateError) as error:
             raise ChatTemplateError(
                 f"The chat template of {self.model_id}'s processor is missing or cannot be used ({error}). Use an instruction-"
                 "tuned model, or pass --chat_template."
             ) from error
 
-    def first_token(self, reply: str) -> int:
-        """The token with which the model would begin this reply."""
-        return int(self.tokenizer(reply, add_special_tokens=False)["input_ids"][0])
+    def _template(self) -> str:
+        own = getattr(self.processor, "chat_template", None)
+        template = self.chat_template or (own.get("default") if isinstance(own, dict) else own)
+        if not template:
+            raise ChatTemplateError(
+                f"The processor of {self.model_id} has no chat template. Use an instruction-tuned model, or pass --chat_template."
+            )
+        return pinned(template)
+
+    def reply_tokens(self, reply: str) -> list[int]:
+        """The tokens in which the model would write a reply."""
+        return list(self.tokenizer(reply, add_special_tokens=False)["input_ids"])

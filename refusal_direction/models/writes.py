@@ -8,19 +8,17 @@ states and the smallest set of submodule outputs that explains its output exactl
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from refusal_direction.errors import UnsupportedModelError
 
-if TYPE_CHECKING:
-    pass
-
-__all__ = ["WriteSite", "find_writes", "kind_of"]
+__all__ = ["WriteSite", "find_writes", "in_float32", "kind_of"]
 
 _MOST_WRITES = 5
 
@@ -38,6 +36,27 @@ class WriteSite:
 def kind_of(layer: nn.Module) -> tuple[Any, ...]:
     """Layers of one kind have the same class and submodules, and so the same writes."""
     return (type(layer), *((name, type(module)) for name, module in layer.named_modules() if name))
+
+
+@contextmanager
+def in_float32(layer: nn.Module) -> Iterator[bool]:
+    """Within the context the layer computes in float32, if its weights are plain half-precision numbers.
+
+    In bfloat16 a small write drowns in the rounding of the others. Afterwards the layer has its own tensors back.
+    """
+    tensors = [*layer.parameters(), *layer.buffers()]
+    half = [tensor for tensor in tensors if tensor.dtype in (torch.bfloat16, torch.float16)]
+    if not half or not all(tensor.is_floating_point() for tensor in layer.parameters()):
+        yield False
+        return
+    own = [tensor.data for tensor in half]
+    try:
+        for tensor in half:
+            tensor.data = tensor.data.float()
+        yield True
+    finally:
+        for tensor, data in zip(half, own, strict=True):
+            tensor.data = data
 
 
 def find_writes(layer: nn.Module, run: Callable[[Tensor], Tensor], like: Tensor) -> tuple[WriteSite, ...]:

@@ -47,21 +47,24 @@ def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
 
     Raises PromptFileError at a line that is not JSON.
     """
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if line.strip():
             yield number, _parsed(path, line, number)
 
 
 def _entries(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     """Each entry with the name of its place, for messages."""
-    lines = enumerate(text.splitlines(), start=1)
+    lines = enumerate(text.split("\n"), start=1)  # not splitlines: U+2028 may stand in a prompt
     if path.suffix == ".txt":
         yield from ((f"line {number}", line) for number, line in lines if line.strip())
     elif path.suffix == ".jsonl":
         yield from ((f"line {number}", value) for number, value in json_lines(path))
     elif path.suffix == ".csv":
         reader = csv.DictReader(io.StringIO(text, newline=""))
-        yield from ((f"line {reader.line_num}", row) for row in reader)
+        try:
+            yield from ((f"line {reader.line_num}", row) for row in reader)
+        except csv.Error as error:
+            raise PromptFileError(f"{path}: line {reader.line_num} cannot be read ({error}).") from error
     elif text.strip():
         entries = _parsed(path, text, 1)
         if not isinstance(entries, list):
@@ -77,6 +80,8 @@ def _parsed(path: Path, text: str, line: int) -> Any:
         raise PromptFileError(
             f"{path}: line {line} is not valid JSON ({error.msg}). Expected {_SHAPES[path.suffix]}."
         ) from error
+    except RecursionError as error:
+        raise PromptFileError(f"{path}: line {line} is nested too deeply. Expected {_SHAPES[path.suffix]}.") from error
 
 
 def _checked(path: Path, where: str, entry: Any) -> str:

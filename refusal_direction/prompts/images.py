@@ -6,6 +6,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 __all__ = ["UnusableImageError", "usable"]
 
+_MOST_ELONGATED = 100
+"""Some processors refuse what is longer."""
 _LONGEST_SIDE = 2048
 """Processors scale further down; this only keeps a 10,000 pixel wide panorama from filling memory."""
 
@@ -22,6 +24,8 @@ def usable(image: Image.Image) -> Image.Image:
     try:
         if min(image.size) == 0:
             raise UnusableImageError("it has no pixels")
+        if max(image.size) > _MOST_ELONGATED * min(image.size):
+            raise UnusableImageError(f"it is more than {_MOST_ELONGATED} times as long as wide")
         image.seek(0)
         image.load()
         upright = ImageOps.exif_transpose(image)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-import urllib.error
 from pathlib import Path
 
 from torch.hub import download_url_to_file
@@ -41,7 +40,7 @@ def published_splits(data_dir: Path, progress: bool = False) -> dict[str, tuple[
 def _fetched(name: str, digest: str, data_dir: Path, progress: bool) -> Path:
     path = data_dir / f"{name}.json"
     if path.exists():
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        found = hashlib.sha256(_content(path)).hexdigest()
         if found != digest:
             raise DownloadError(
                 f"{path} is not the published split (its SHA-256 is {found[:12]}..., not {digest[:12]}...). Delete it to have "
@@ -56,22 +55,34 @@ def _fetched(name: str, digest: str, data_dir: Path, progress: bool) -> Path:
     return path
 
 
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DownloadError(
+            f"{path} cannot be read ({error.strerror}). Delete it, or choose another --data_dir."
+        ) from error
+
+
 def _download(url: str, path: Path, digest: str, progress: bool) -> None:
     """Fetch atomically: a file that is there is whole and verified."""
     for attempt in range(1, _TRIES + 1):
         try:
             download_url_to_file(url, str(path), hash_prefix=digest, progress=progress)
             return
-        except RuntimeError as error:  # torch.hub's word for a wrong hash
-            raise DownloadError(
+        except RuntimeError as error:  # torch.hub's word for a wrong hash; a broken connection looks the same
+            problem = DownloadError(
                 f"{url} is not what was published: its SHA-256 differs from {digest[:12]}.... Nothing was kept. Try again "
                 "later, or pass your own prompts with --harmful and --harmless."
-            ) from error
-        except (urllib.error.URLError, OSError) as error:
-            if attempt == _TRIES:
-                raise DownloadError(
-                    f"{url} could not be downloaded ({error}). Check the network, copy the file to {path} by hand, pass "
-                    "your own prompts with --harmful and --harmless, or try --model_id demo, which needs no download."
-                ) from error
-            log.warning("Download of %s failed (%s); trying again.", path.name, error)
-            time.sleep(_PAUSE * attempt)
+            )
+            problem.__cause__ = error
+        except OSError as error:  # URLError is one
+            problem = DownloadError(
+                f"{url} could not be downloaded ({error}). Check the network, copy the file to {path} by hand, pass "
+                "your own prompts with --harmful and --harmless, or try --model_id demo, which needs no download."
+            )
+            problem.__cause__ = error
+        if attempt == _TRIES:
+            raise problem
+        log.warning("Download of %s failed (%s); trying again.", path.name, problem.__cause__)
+        time.sleep(_PAUSE * attempt)

@@ -1,0 +1,73 @@
+"""The pipeline as a library: settings beside a loaded model, and inputs that cannot be right."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from refusal_direction import ChatModel, Extraction, extract
+from refusal_direction.config import Config, PromptSource, Thresholds
+from refusal_direction.errors import PromptError, TokenizerError, TooFewPromptsError, UnsupportedModelError
+from refusal_direction.prompts import Prompt, PromptSets
+
+FEW = Config(prompts=PromptSource(n_train=16, n_val=8))
+
+
+def with_prompt(extraction: Extraction, text: str) -> PromptSets:
+    odd = Prompt("mine/7", text)
+    return replace(extraction.prompts, harmful_train=(odd, *extraction.prompts.harmful_train[1:]))
+
+
+def test_settings_go_with_a_loaded_model(chat: ChatModel):
+    found = extract(chat, replace(FEW, batch_size=3, thresholds=Thresholds(kl=1.0)))
+    assert {name: len(members) for name, members in found.prompts.indices().items()} == {
+        "harmful_train": 16,
+        "harmless_train": 16,
+        "harmful_val": 8,
+        "harmless_val": 8,
+    }
+    assert found.config.model.model_id == "demo"
+
+
+def test_a_half_precision_model_selects_the_same_candidate(chat: ChatModel, extraction: Extraction):
+    from refusal_direction import load_chat_model
+    from refusal_direction.config import ModelSource
+
+    half = load_chat_model(ModelSource("demo", dtype="bfloat16"))
+    found = extract(half, prompts=extraction.prompts)
+    assert (found.selection.score.position, found.selection.score.layer) == (
+        extraction.selection.score.position,
+        extraction.selection.score.layer,
+    )
+    for ours, exact in zip(found.means, extraction.means, strict=True):
+        assert ours.ablation_refusal == pytest.approx(exact.ablation_refusal, abs=0.3)
+    assert found.leak < 8e-3
+
+
+def test_a_prompt_longer_than_the_model_takes_is_named(chat: ChatModel, extraction: Extraction):
+    with pytest.raises(PromptError, match=r"mine/7 has \d+ tokens, but demo takes 512"):
+        extract(chat, prompts=with_prompt(extraction, "bread " * 600))
+
+
+def test_a_tokenizer_of_another_model_is_found_out(
+    chat: ChatModel, extraction: Extraction, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(chat.model.get_input_embeddings(), "num_embeddings", 300)
+    with pytest.raises(TokenizerError, match="do not belong together"):
+        extract(chat, prompts=extraction.prompts)
+
+
+def test_an_empty_set_of_prompts_is_an_error(chat: ChatModel):
+    with pytest.raises(TooFewPromptsError, match="is empty"):
+        extract(chat, prompts=PromptSets((), (), (), ()))
+
+
+def test_logits_that_are_not_numbers_are_found_out(chat: ChatModel, extraction: Extraction):
+    weight = chat.model.model.norm.weight
+    own = weight.data.clone()
+    weight.data[0] = torch.nan
+    try:
+        with pytest.raises(UnsupportedModelError, match="are not numbers.*--dtype float32"):
+            extract(chat, prompts=extraction.prompts)
+    finally:
+        weight.data = own

@@ -1,0 +1,517 @@
+"""An image and a question reach the model through its real processor, as its family was trained on them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    Gemma3Processor,
+    Idefics3Processor,
+    InternVLProcessor,
+    LlavaProcessor,
+    ProcessorMixin,
+    Qwen2_5_VLProcessor,
+    Qwen3VLProcessor,
+    SmolVLMProcessor,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.smolvlm import processing_smolvlm
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+from transformers.utils import is_torchvision_available
+
+from refusal_direction import ablated, demo
+from refusal_direction.config import VISION, ModelSource
+from refusal_direction.engine import Engine
+from refusal_direction.engine.interventions import ResidualStream
+from refusal_direction.errors import ChatTemplateError, ModelAccessError
+from refusal_direction.models import refusal_tokens
+from refusal_direction.models.loading import load_vision_model
+from refusal_direction.models.vision import VisionChatModel
+from refusal_direction.prompts import Prompt
+from refusal_direction.prompts.images import UnusableImageError, usable
+from refusal_direction.scoring import measure_baseline
+from tests.families import D_MODEL, N_LAYERS
+from tests.oracles import stream
+from tests.vision_families import (
+    SIDE,
+    VISION_FAMILIES,
+    built_for,
+    demo_tokenizer,
+    layers_of,
+    paligemma_processor,
+)
+
+# PaliGemma's processor makes NumPy arrays of tensors
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:transformers.*")
+
+QUESTION = "What is shown here?"
+PHRASES = ("I cannot", "I can't", "Sorry", "No,", "I apologize", "I'm not able", "As an AI", "I'm unable")
+_SQUARE = {"height": SIDE, "width": SIDE}
+
+
+def turns(begin: str, image: str, end: str, answer: str, first: str = "") -> str:
+    """A chat template; `begin`, `end` and `answer` stand around what the user says."""
+    return (
+        f"{first}{{% for m in messages %}}{begin}{{% for part in m['content'] %}}{{% if part['type'] == 'image' %}}{image}"
+        f"{{% else %}}{{{{ part['text'] }}}}{{% endif %}}{{% endfor %}}{end}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{answer}{{% endif %}}"
+    )
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a family of models is put a question, written by hand after its published template."""
+
+    processor: Callable[[], Any]
+    tokens: dict[str, str]
+    """The configuration's names of special tokens, and their text."""
+    image: str
+    """The token that stands for a piece of the image, in the model's inputs."""
+    prompt: str
+    """The whole prompt, an image's tokens left out."""
+    whole: bool = True
+    """Whether the processor can be saved and loaded without torchvision, which video processors need."""
+    tiles: int = 1
+    """Into how many images it makes one of SIDE pixels."""
+
+
+GEMMA3 = turns(
+    "<start_of_turn>user\n", "<start_of_image>", "<end_of_turn>\n", "<start_of_turn>model\n", "{{ bos_token }}"
+)
+LLAVA = turns("USER: ", "<image>\n", " ", "ASSISTANT:")
+IDEFICS = turns("<|im_start|>User:", "<image>", "<end_of_utterance>\n", "Assistant:")
+CHATML = "<|im_start|>user\n", "<|im_end|>\n", "<|im_start|>assistant\n"
+QWEN = turns(CHATML[0], "<|vision_start|><|image_pad|><|vision_end|>", *CHATML[1:])
+INTERNVL = turns(CHATML[0], "<IMG_CONTEXT>\n", *CHATML[1:])
+_IDEFICS_TOKENS = ("<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", "<|im_start|>")
+_IDEFICS_TILES = "*<row_1_col_1>*<row_1_col_2>\n*<row_2_col_1>*<row_2_col_2>\n\n*<global-img>*"
+_IDEFICS_PROMPT = (
+    "<bos><|im_start|>User:"
+    + _IDEFICS_TILES.replace("*", "<fake_token_around_image>")
+    + "{question}<end_of_utterance>\nAssistant:"
+)
+_NO_VIDEO = SimpleNamespace(model_input_names=[], num_frames=1, fps=1, merge_size=2)
+"""In place of a video processor: none can be made without torchvision, and no video is shown."""
+
+
+def gemma3_processor() -> Any:
+    named = {"boi_token": "<start_of_image>", "image_token": "<image_soft_token>", "eoi_token": "<end_of_image>"}
+    tokenizer = demo_tokenizer(*named.values(), **named)
+    return Gemma3Processor(Gemma3ImageProcessorPil(size=_SQUARE), tokenizer, chat_template=GEMMA3, image_seq_length=4)
+
+
+def llava_processor() -> Any:
+    return LlavaProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=_SQUARE),
+        demo_tokenizer("<image>"),
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=LLAVA,
+    )
+
+
+def idefics3_processor() -> Any:
+    pixels = Idefics3ImageProcessorPil(size={"longest_edge": 2 * SIDE}, max_image_size={"longest_edge": SIDE})
+    return Idefics3Processor(pixels, demo_tokenizer(*_IDEFICS_TOKENS), image_seq_len=4, chat_template=IDEFICS)
+
+
+def smolvlm_processor() -> Any:
+    pixels = SmolVLMImageProcessorPil(size={"longest_edge": 2 * SIDE}, max_image_size={"longest_edge": SIDE})
+    return SmolVLMProcessor(pixels, demo_tokenizer(*_IDEFICS_TOKENS), _NO_VIDEO, image_seq_len=4, chat_template=IDEFICS)
+
+
+def qwen_processor(kind: type) -> Any:
+    sides = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2, "min_pixels": 64, "max_pixels": 4096}
+    tokens = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|im_start|>", "<|im_end|>")
+    tokenizer = demo_tokenizer(*tokens)
+    tokenizer.bos_token = None  # Qwen has none
+    tokenizer.backend_tokenizer.post_processor = None
+    return kind(Qwen2VLImageProcessorPil(**sides), tokenizer, _NO_VIDEO, chat_template=QWEN)
+
+
+def internvl_processor() -> Any:
+    named = {
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>",
+        "video_token": "<video>",
+    }
+    tokenizer = demo_tokenizer(*named.values(), "<|im_start|>", "<|im_end|>", **named)
+    tokenizer.bos_token = None
+    tokenizer.backend_tokenizer.post_processor = None
+    pixels = GotOcr2ImageProcessorPil(size=_SQUARE)
+    return InternVLProcessor(pixels, tokenizer, _NO_VIDEO, image_seq_length=4, chat_template=INTERNVL)
+
+
+def _qwen(kind: type) -> Template:
+    return Template(
+        lambda: qwen_processor(kind),
+        {
+            "image_token_id": "<|image_pad|>",
+            "video_token_id": "<|video_pad|>",
+            "vision_start_token_id": "<|vision_start|>",
+        },
+        "<|image_pad|>",
+        "<|im_start|>user\n<|vision_start|><|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n",
+        whole=False,
+    )
+
+
+TEMPLATES = {
+    "paligemma2": Template(
+        paligemma_processor, {"image_token_index": "<image>"}, "<image>", "<bos>answer en {question}\n"
+    ),
+    "gemma3": Template(
+        gemma3_processor,
+        {
+            "image_token_index": "<image_soft_token>",
+            "boi_token_index": "<start_of_image>",
+            "eoi_token_index": "<end_of_image>",
+        },
+        "<image_soft_token>",
+        "<bos><start_of_turn>user\n\n\n<start_of_image><end_of_image>\n\n{question}<end_of_turn>\n<start_of_turn>model\n",
+    ),
+    "llava": Template(
+        llava_processor, {"image_token_index": "<image>"}, "<image>", "<bos>USER: \n{question} ASSISTANT:"
+    ),
+    "idefics3": Template(
+        idefics3_processor,
+        {"image_token_id": "<image>"},
+        "<image>",
+        _IDEFICS_PROMPT,
+        tiles=5,
+    ),
+    "smolvlm": Template(
+        smolvlm_processor,
+        {"image_token_id": "<image>"},
+        "<image>",
+        _IDEFICS_PROMPT,
+        tiles=5,
+        whole=False,
+    ),
+    "qwen2_5_vl": _qwen(Qwen2_5_VLProcessor),
+    "qwen3_vl": _qwen(Qwen3VLProcessor),
+    "internvl": Template(
+        internvl_processor,
+        {"image_token_id": "<IMG_CONTEXT>"},
+        "<IMG_CONTEXT>",
+        "<|im_start|>user\n<img></img>\n{question}<|im_end|>\n<|im_start|>assistant\n",
+        whole=False,
+    ),
+}
+every_template = pytest.mark.parametrize("name", TEMPLATES)
+loadable = pytest.mark.parametrize("name", [name for name, template in TEMPLATES.items() if template.whole])
+
+
+def picture(width: int = SIDE, height: int = SIDE, colour: str = "red") -> Image.Image:
+    return Image.new("RGB", (width, height), colour)
+
+
+def prompt(text: str = QUESTION, **image: Any) -> Prompt:
+    return Prompt("a", text, picture(**image))
+
+
+def _chat(name: str) -> VisionChatModel:
+    template = TEMPLATES[name]
+    processor = template.processor()
+    ids = {key: processor.tokenizer.convert_tokens_to_ids(text) for key, text in template.tokens.items()}
+    return VisionChatModel(built_for(name, processor, **ids), processor.tokenizer, name, processor=processor)
+
+
+@pytest.fixture(scope="module")
+def chats() -> dict[str, VisionChatModel]:
+    """A tiny random model of every family, behind its real processor."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ProcessorMixin, "check_argument_for_proper_class", lambda *arguments, **named: None)  # of video
+        patch.setattr(processing_smolvlm, "num2words", str)  # counts video frames in words
+        return {name: _chat(name) for name in TEMPLATES}
+
+
+@every_template
+def test_the_prompt_is_what_the_family_was_trained_on(name: str, chats: dict[str, VisionChatModel]) -> None:
+    """The question is there, the generation prompt is, the image's place is, and BOS exactly once where there is one."""
+    chat, template = chats[name], TEMPLATES[name]
+    text = chat.tokenizer.decode(chat.inputs(prompt())["input_ids"][0]).replace(template.image, "")
+    assert text == template.prompt.format(question=QUESTION)
+
+
+@every_template
+def test_there_are_as_many_image_tokens_as_the_image_has_features(name: str, chats: dict[str, VisionChatModel]) -> None:
+    chat = chats[name]
+    ids = chat.inputs(prompt())["input_ids"][0].tolist()
+    assert ids.count(chat.tokenizer.convert_tokens_to_ids(TEMPLATES[name].image)) == (
+        TEMPLATES[name].tiles * VISION_FAMILIES[name].image_tokens
+    )
+
+
+@every_template
+def test_the_model_takes_what_the_processor_gives_and_nothing_is_to_be_learnt(
+    name: str, chats: dict[str, VisionChatModel]
+) -> None:
+    chat = chats[name]
+    inputs = chat.inputs(prompt())
+    assert "labels" not in inputs
+    assert all(isinstance(tensor, torch.Tensor) for tensor in inputs.values())
+    with torch.no_grad():
+        output = chat.model(**inputs, use_cache=False)
+    assert output.logits.shape[:2] == inputs["input_ids"].shape
+    assert output.get("loss") is None
+
+
+@every_template
+def test_pixels_come_in_the_models_dtype(name: str, chats: dict[str, VisionChatModel]) -> None:
+    chat = chats[name]
+    half = replace(chat, model=built_half(chat))
+    for model, dtype in ((chat, torch.float32), (half, torch.bfloat16)):
+        inputs = model.inputs(prompt())
+        assert inputs["pixel_values"].dtype == dtype
+        assert not inputs["input_ids"].is_floating_point()
+    assert len(half.complete([prompt()], 2)) == 1
+
+
+def built_half(chat: VisionChatModel) -> Any:
+    """A copy of the model in bfloat16."""
+    half = type(chat.model)(chat.model.config).eval().to(torch.bfloat16)
+    half.load_state_dict(chat.model.state_dict())
+    return half
+
+
+@every_template
+def test_the_image_and_the_question_both_matter(name: str, chats: dict[str, VisionChatModel]) -> None:
+    chat = chats[name]
+
+    def logits(some: Prompt) -> torch.Tensor:
+        with torch.no_grad():
+            return chat.model(**chat.inputs(some), use_cache=False).logits[0, -1]
+
+    plain = logits(prompt())
+    assert (logits(prompt(colour="blue")) - plain).abs().max() > 0.01
+    assert (logits(prompt("What is heard here?")) - plain).abs().max() > 0.01
+
+
+@every_template
+def test_large_images_are_taken_as_well(name: str, chats: dict[str, VisionChatModel]) -> None:
+    """Some families cut them into tiles or keep their size, so prompts differ in shape; they still run together."""
+    chat = chats[name]
+    prompts = [prompt(), prompt(width=4 * SIDE, height=2 * SIDE), prompt(width=SIDE, height=3 * SIDE)]
+    together, apart = chat.complete(prompts, 3), [chat.complete([one], 3)[0] for one in prompts]
+    assert together == apart
+
+
+@every_template
+def test_the_first_token_of_a_completion_is_the_one_that_the_engine_scores(
+    name: str, chats: dict[str, VisionChatModel]
+) -> None:
+    """What is scored is what would be generated: masks and positions of a plain forward are those of generation."""
+    chat, prompts = chats[name], [prompt(), prompt("Why?", width=3 * SIDE, colour="green"), prompt("Who made it?")]
+    engine = Engine(ResidualStream(chat.model), [chat.inputs(one) for one in prompts], 2)
+    tokens = refusal_tokens.chosen(chat, (), VISION)
+    baseline = measure_baseline(engine, tokens, chat.n_positions, observed=[0, 1, 2], kept=[0, 1, 2])
+    assert engine.name == "layer-major"
+    for index, one in enumerate(prompts):
+        generated = chat._generate(chat.inputs(one), 1)[0, -1]
+        assert int(baseline.logits[index].argmax()) == int(generated)
+
+
+@every_template
+def test_the_stream_stays_orthogonal_while_completions_are_generated(
+    name: str, chats: dict[str, VisionChatModel]
+) -> None:
+    chat, u = chats[name], torch.randn(D_MODEL, generator=torch.Generator().manual_seed(1))
+    before = chat.complete([prompt()], 5)
+    with ablated(chat.model, u), stream.followed(layers_of(chat.model, VISION_FAMILIES[name]), u) as leaks:
+        chat.complete([prompt()], 5)
+    assert len(leaks.additions) >= 2 * N_LAYERS
+    assert leaks.worst < 1e-5
+    assert chat.complete([prompt()], 5) == before
+
+
+@loadable
+def test_a_saved_model_is_loaded_with_its_processor(
+    name: str, chats: dict[str, VisionChatModel], tmp_path: Path
+) -> None:
+    chats[name].model.save_pretrained(tmp_path)
+    chats[name].processor.save_pretrained(tmp_path)
+    loaded = load_vision_model(ModelSource(str(tmp_path), dtype="float32"))
+    assert (loaded.model_id, loaded.revision, loaded.n_positions) == (str(tmp_path), None, 3)
+    ours, theirs = loaded.inputs(prompt()), chats[name].inputs(prompt())
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert loaded.complete([prompt()], 4) == chats[name].complete([prompt()], 4)
+
+
+def test_a_model_without_a_chat_template_is_explained(
+    chats: dict[str, VisionChatModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = chats["llava"]
+    monkeypatch.setattr(chat.processor, "chat_template", None)
+    with pytest.raises(ChatTemplateError, match="The processor of llava has no chat template"):
+        chat.inputs(prompt())
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{% broken"])
+def test_a_chat_template_that_cannot_be_used_is_explained(template: str, chats: dict[str, VisionChatModel]) -> None:
+    with pytest.raises(ChatTemplateError, match="--chat_template"):
+        replace(chats["llava"], chat_template=template).inputs(prompt())
+
+
+def test_a_given_chat_template_goes_before_the_raw_prompt(chats: dict[str, VisionChatModel]) -> None:
+    chat = replace(chats["paligemma2"], chat_template="<image>{{ messages[0]['content'][1]['text'] }} indeed")
+    shown = chat.tokenizer.decode(chat.inputs(prompt())["input_ids"][0]).replace("<image>", "")
+    assert shown == f"<bos>{QUESTION} indeed\n"
+
+
+def test_braces_in_a_question_are_left_alone(chats: dict[str, VisionChatModel]) -> None:
+    chat = chats["paligemma2"]
+    ids = chat.inputs(prompt("What is {this} and {0}?"))["input_ids"][0]
+    assert "answer en What is {this} and {0}?" in chat.tokenizer.decode(ids)
+
+
+@every_template
+def test_refusal_tokens_are_the_first_of_the_eight_phrases(name: str, chats: dict[str, VisionChatModel]) -> None:
+    chat = chats[name]
+    firsts = [chat.tokenizer(phrase, add_special_tokens=False)["input_ids"][0] for phrase in PHRASES]
+    chosen = refusal_tokens.chosen(chat, (), VISION)
+    assert chosen.ids == tuple(dict.fromkeys(firsts))
+    assert len(chosen.ids) > 1
+    assert set(chosen.texts) == {"I", "Sorry", "No", "As"}
+
+
+def replying(monkeypatch: pytest.MonkeyPatch, replies: list[str]) -> list[Prompt]:
+    """The model says these things; returns where the prompts that it is asked will be."""
+    asked: list[Prompt] = []
+
+    def generate(self: VisionChatModel, prompts: list[Prompt], max_new_tokens: int) -> list[list[int]]:
+        asked.extend(prompts)
+        return [self.tokenizer(reply, add_special_tokens=False)["input_ids"] for reply in replies[: len(prompts)]]
+
+    monkeypatch.setattr(VisionChatModel, "generate", generate)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("replies", "joined"),
+    [
+        (["Quite."] * 6 + ["Zebras."] * 5 + ["Maybe."] * 9, ["Quite.", "Maybe."]),  # 30% are enough, 25% are not
+        (["Quite."] * 3 + [""] * 7, ["Quite."]),
+        (["Quite."] * 2 + [""] * 8, []),  # silence counts among the replies
+        (["I cannot do that."] * 20, []),  # there already
+    ],
+)
+def test_calibration_joins_tokens_that_begin_three_tenths_of_the_replies(
+    replies: list[str], joined: list[str], chats: dict[str, VisionChatModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = chats["paligemma2"]
+    replying(monkeypatch, replies)
+    phrases = refusal_tokens.chosen(chat, (), VISION).ids
+    calibrated = refusal_tokens.calibrated(chat, [prompt()] * len(replies), VISION)
+    first = {text: chat.tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in joined}
+    assert calibrated.ids[: len(phrases)] == phrases
+    assert set(calibrated.ids[len(phrases) :]) == set(first.values())
+    assert not set(first.values()) & set(phrases)
+
+
+def test_calibration_asks_at_most_twenty_harmful_pairs(
+    chats: dict[str, VisionChatModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = replying(monkeypatch, ["We"] * 30)
+    pairs = [prompt(f"question {number}") for number in range(30)]
+    tokens = refusal_tokens.calibrated(chats["paligemma2"], pairs, VISION)
+    assert asked == pairs[:20]
+    assert "of 20 harmful prompts" in tokens.source
+
+
+def test_calibration_of_images_never_fails_for_want_of_refusals(
+    chats: dict[str, VisionChatModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replying(monkeypatch, [""] * 3)
+    chat = chats["paligemma2"]
+    assert refusal_tokens.calibrated(chat, [prompt()] * 3, VISION).ids == refusal_tokens.chosen(chat, (), VISION).ids
+
+
+def test_a_text_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelAccessError, match="does not know as a model of this kind"):
+        load_vision_model(str(demo.MODEL_DIR))
+
+
+def test_an_unknown_folder_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(ModelAccessError, match="could not be loaded"):
+        load_vision_model(str(tmp_path))
+
+
+def test_dates_are_pinned(chats: dict[str, VisionChatModel]) -> None:
+    dated = replace(chats["llava"], chat_template="{{ strftime_now('%d %b %Y') }} " + LLAVA)
+    shown = dated.tokenizer.decode(dated.inputs(prompt())["input_ids"][0])
+    assert shown.startswith("<bos>26 Jul 2024 USER: ")
+
+
+def test_the_library_has_nothing_to_say_about_a_prompt(
+    chats: dict[str, VisionChatModel], caplog: pytest.LogCaptureFixture
+) -> None:
+    library = logging.getLogger("transformers")
+    library.addHandler(caplog.handler)
+    level = library.level
+    library.setLevel(logging.WARNING)
+    try:
+        chats["llava"].inputs(prompt())
+    finally:
+        library.setLevel(level)
+        library.removeHandler(caplog.handler)
+    assert caplog.messages == []
+
+
+def test_a_chat_template_for_text_only_is_explained(chats: dict[str, VisionChatModel]) -> None:
+    for_text = replace(chats["llava"], chat_template="{{ 'USER: ' + messages[0]['content'] }}")
+    with pytest.raises(ChatTemplateError, match="--chat_template"):
+        for_text.inputs(prompt())
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "llava", "smolvlm", "internvl"])
+@pytest.mark.parametrize("size", [(10_000, 10), (3, 4_000)])
+def test_a_very_long_image_is_taken_or_left_out_but_does_not_end_the_run(
+    name: str, size: tuple[int, int], chats: dict[str, VisionChatModel]
+) -> None:
+    try:
+        image = usable(Image.new("RGB", size))
+    except UnusableImageError:
+        return
+    assert len(chats[name].complete([Prompt("a", QUESTION, image)], 2)) == 1
+
+
+@pytest.mark.parametrize("name", ["paligemma2", "llava", "idefics3", "gemma3"])
+def test_a_question_may_speak_of_image_tokens(name: str, chats: dict[str, VisionChatModel]) -> None:
+    chat = chats[name]
+    ids = chat.inputs(prompt("What does <image> mean?"))["input_ids"][0].tolist()
+    wanted = TEMPLATES[name].tiles * VISION_FAMILIES[name].image_tokens
+    assert ids.count(chat.tokenizer.convert_tokens_to_ids(TEMPLATES[name].image)) == wanted
+
+
+@pytest.mark.skipif(is_torchvision_available(), reason="torchvision is installed, so video processors can be made")
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "smolvlm", "internvl"])
+def test_a_processor_that_needs_torchvision_says_so(
+    name: str, chats: dict[str, VisionChatModel], tmp_path: Path
+) -> None:
+    chat = chats[name]
+    chat.model.save_pretrained(tmp_path)
+    chat.tokenizer.save_pretrained(tmp_path)
+    kind = {"processor_class": type(chat.processor).__name__}
+    (tmp_path / "processor_config.json").write_text(json.dumps(kind))
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps({**chat.processor.image_processor.to_dict(), **kind}, default=str)
+    )
+    with pytest.raises(ModelAccessError, match="(?i)torchvision"):
+        load_vision_model(str(tmp_path))
