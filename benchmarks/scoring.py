@@ -5,7 +5,7 @@
 
 The naive way is the published loop: a candidate at a time, batches of 32 prompts padded to the longest, hooks on every
 layer, logits of all positions. Both run on a random 55M-parameter Gemma in float32 with the published prompts (the demo's, if
-they have not been downloaded); see vision.py for --vlm. Each runs in a process of its own; this engine runs before and after the naive way.
+they have not been downloaded); see vision.py for --vlm. Each runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -219,12 +219,16 @@ def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def report(runs: list[tuple[str, dict[str, Any]]]) -> None:
-    """Print both sides and how they compare."""
-    for name, run in runs:
-        print(f"{name:6s} {run['seconds']:7.1f} s   peak memory above the model {run['memory'] / 2**20:6.0f} MiB")
-        for lap, seconds in run["scores"].get("laps", {}).items():
-            print(f"         {seconds:7.1f} s   {lap}")
+def show(name: str, run: dict[str, Any]) -> None:
+    print(
+        f"{name:6s} {run['seconds']:7.1f} s   peak memory above the model {run['memory'] / 2**20:6.0f} MiB", flush=True
+    )
+    for lap, seconds in run["scores"].get("laps", {}).items():
+        print(f"         {seconds:7.1f} s   {lap}", flush=True)
+
+
+def compare(runs: list[tuple[str, dict[str, Any]]]) -> None:
+    """Print how the two sides compare."""
     mine = [run for name, run in runs if name == "ours"]
     naive = [run for name, run in runs if name == "naive"]
     for run in mine:
@@ -256,13 +260,16 @@ def main() -> None:
     arguments.add_argument("--layers", type=int, default=12)
     arguments.add_argument("--n_train", type=int, help="prompts of each kind (128; 16 with --vlm)")
     arguments.add_argument("--n_val", type=int, help="prompts of each kind (32; 8 with --vlm)")
+    arguments.add_argument("--twice", action="store_true", help="this engine once more after the naive way")
     arguments.add_argument("--only", choices=("ours", "naive"), help="run one of them alone, to profile it")
     options = arguments.parse_args()
     options.n_train = options.n_train or (16 if options.vlm else 128)
     options.n_val = options.n_val or (8 if options.vlm else 32)
-    order = (options.only,) if options.only else ("ours", "naive", "ours")
-    runs = [(name, measured(name, options)) for name in order]
-    report(runs)
+    runs = []
+    for name in (options.only,) if options.only else ("ours", "naive", "ours")[: 2 + options.twice]:
+        runs.append((name, measured(name, options)))
+        show(*runs[-1])
+    compare(runs)
     shape = {"parameters": runs[0][1]["parameters"], "layers": options.layers, "torch": torch.__version__}
     print(json.dumps({**shape, "n_train": options.n_train, "n_val": options.n_val, "threads": torch.get_num_threads()}))
 

@@ -58,8 +58,12 @@ def main() -> None:
     chosen = extraction.selection.score
     print(f"position {chosen.position}, layer {chosen.layer}: ablation {chosen.ablation_refusal:.2f}, ", end="")
     print(f"steering {chosen.steering_refusal:.2f}, KL {chosen.kl_div:.3f}")
-    print(f"refused of {len(held_out('harmful'))} harmful prompts:  {rates.harmful:.0%}, ablated {rates.harmful_ablated:.0%}")
-    print(f"refused of {len(held_out('harmless'))} harmless prompts: {rates.harmless:.0%}, steered {rates.harmless_steered:.0%}")
+    print(
+        f"refused of {len(held_out('harmful'))} harmful prompts:  {rates.harmful:.0%}, ablated {rates.harmful_ablated:.0%}"
+    )
+    print(
+        f"refused of {len(held_out('harmless'))} harmless prompts: {rates.harmless:.0%}, steered {rates.harmless_steered:.0%}"
+    )
 
 
 if __name__ == "__main__":

@@ -42,17 +42,7 @@ def _pairs(config: Config, counts: dict[str, int]) -> PromptSets:
     if source.harmful is not None and source.harmless is not None:
         return vision.shuffled(vision.read_folder(source.harmful), vision.read_folder(source.harmless), **counts)
     if config.model.model_id == DEMO_MODEL:
-        return sample_splits(_demo_pairs(), **counts)
+        from refusal_direction.demo.vision.pairs import demo_pairs
+
+        return vision.shuffled(demo_pairs("harmful"), demo_pairs("harmless"), **counts)
     return vision.shuffled(vision.harmful_pairs(), vision.harmless_pairs(seed=source.seed), **counts)
-
-
-def _demo_pairs() -> dict[str, list[Prompt]]:
-    """The vision-language demo's own pairs, drawn anew at every call, always the same."""
-    from refusal_direction.demo.vision.pairs import pairs
-
-    splits: dict[str, list[Prompt]] = {name: [] for name in _SPLITS}
-    for part in ("train", "val"):
-        for pair in pairs(part):
-            if pair.kind in ("harmful", "harmless"):
-                splits[f"{pair.kind}_{part}"].append(Prompt(pair.id, pair.question, pair.image))
-    return splits

@@ -1,0 +1,107 @@
+"""The untrained parts of the demo: tokenizer, processor, and a PaliGemma 2 with random weights.
+
+The processor is PaliGemma's own. Its image processor is the Pillow one: transformers takes it wherever torchvision is
+not installed, and it gives the same pixels as the plain arithmetic in `train.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    Gemma2Config,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    PaliGemmaProcessor,
+    PreTrainedTokenizerFast,
+    SiglipImageProcessorPil,
+    SiglipVisionConfig,
+)
+
+from refusal_direction.demo.vision.draw import IMAGE_SIZE
+
+__all__ = ["ModelShape", "new_model", "new_processor"]
+
+PAD, EOS, BOS, UNK, IMAGE = "<pad>", "<eos>", "<bos>", "<unk>", "<image>"
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A PaliGemma 2 small enough to train in minutes: 16 image tokens, and a text model with room for a direction."""
+
+    words: int = 640  # size of the byte-level BPE; the processor adds its 1152 location and segment tokens
+    patch: int = 12
+    vision_d_model: int = 64
+    vision_layers: int = 3
+    d_model: int = 96
+    layers: int = 8
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 24
+    intermediate: int = 192
+
+
+def new_processor(texts: Iterable[str], shape: ModelShape) -> PaliGemmaProcessor:
+    """PaliGemma's processor around a tokenizer that has learnt its merges from `texts`."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=shape.words,
+        special_tokens=[PAD, EOS, BOS, UNK, IMAGE],  # the first four in the order of Gemma's own vocabulary
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=BOS, eos_token=EOS, pad_token=PAD, unk_token=UNK, padding_side="left"
+    )
+    pixels = SiglipImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
+    pixels.image_seq_length = (IMAGE_SIZE // shape.patch) ** 2
+    return PaliGemmaProcessor(image_processor=pixels, tokenizer=tokenizer)
+
+
+def _text_config(shape: ModelShape, processor: PaliGemmaProcessor) -> Gemma2Config:
+    """Gemma 2, attention soft-capping left out: not all attention kernels have it, and logits this small never need it."""
+    return Gemma2Config(
+        vocab_size=len(processor.tokenizer),
+        hidden_size=shape.d_model,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        intermediate_size=shape.intermediate,
+        query_pre_attn_scalar=shape.head_dim,
+        max_position_embeddings=512,
+        attn_logit_softcapping=None,
+        bos_token_id=processor.tokenizer.bos_token_id,
+        eos_token_id=processor.tokenizer.eos_token_id,
+        pad_token_id=processor.tokenizer.pad_token_id,
+    )
+
+
+def new_model(shape: ModelShape, processor: PaliGemmaProcessor) -> PaliGemmaForConditionalGeneration:
+    """Random weights, in float32."""
+    vision = SiglipVisionConfig(
+        hidden_size=shape.vision_d_model,
+        intermediate_size=2 * shape.vision_d_model,
+        num_hidden_layers=shape.vision_layers,
+        num_attention_heads=4,
+        image_size=IMAGE_SIZE,
+        patch_size=shape.patch,
+        projection_dim=shape.d_model,
+        vision_use_head=False,
+    )
+    config = PaliGemmaConfig(
+        vision_config=vision,
+        text_config=_text_config(shape, processor),
+        image_token_index=processor.image_token_id,
+        projection_dim=shape.d_model,
+        hidden_size=shape.d_model,
+        bos_token_id=processor.tokenizer.bos_token_id,
+        eos_token_id=processor.tokenizer.eos_token_id,
+        pad_token_id=processor.tokenizer.pad_token_id,
+    )
+    return PaliGemmaForConditionalGeneration(config)
