@@ -58,7 +58,7 @@ def test_the_direction_is_a_copy_and_not_a_view_of_all_candidates(extraction: Ex
 def test_run_json_identifies_the_run(extraction: Extraction, tmp_path: Path):
     artifacts.write(extraction, tmp_path)
     run = json.loads((tmp_path / "run.json").read_text())
-    assert run["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(run["versions"]["torch"])
     assert run["config"]["prompts"]["seed"] == 42
     assert [token["text"] for token in run["eoi_tokens"]][-1] == "\n"
     assert run["refusal_tokens"]["texts"] == ["I"]
