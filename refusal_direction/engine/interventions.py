@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 from refusal_direction.directions import ablate, unit
 from refusal_direction.engine.residency import execution_device, resident
 from refusal_direction.engine.skeleton import Prelude, Skeleton
-from refusal_direction.engine.token_wise import last_token, token_wise_child
 from refusal_direction.models.writes import WriteSite, find_writes, in_float32, kind_of
 
 if TYPE_CHECKING:
@@ -43,8 +42,6 @@ class ResidualStream:
         with ExitStack() as failed:
             failed.callback(self.skeleton.held.close)
             self.writes = self._find_writes(prelude)
-            self.skeleton.held.enter_context(resident(self.layers[-1]))
-            self.token_wise = token_wise_child(self.layers[-1], prelude.calls[-1], prelude.hidden)
             failed.pop_all()
         """For each layer, the submodules whose outputs are added to the stream."""
 
@@ -61,14 +58,6 @@ class ResidualStream:
             if self.shares_state:  # the layers above need what this one leaves behind
                 call(layer, prelude.hidden, private=False)
         return [found[kind_of(layer)] for layer in self.layers]
-
-    @contextmanager
-    def last_token_only(self) -> Iterator[None]:
-        """Within the context the last layer's MLP sees the last token alone: no other reaches the head."""
-        with ExitStack() as hooks:
-            if self.token_wise is not None:
-                hooks.callback(self.token_wise.register_forward_pre_hook(last_token).remove)
-            yield
 
     @contextmanager
     def ablating(self, index: int, u: Tensor) -> Iterator[None]:

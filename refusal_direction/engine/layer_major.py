@@ -198,7 +198,7 @@ class LayerMajor:
 
         def through(rows: slice) -> None:
             args, kwargs, _ = take_rows((call.args, call.kwargs, None), axes, lane.places[rows], len(group.prompts))
-            with self._intervention(lane, index, rows), self._shortcut(index):
+            with self._intervention(lane, index, rows):
                 output = first(layer(lane.hidden[rows], *args, **kwargs))
             lane.hidden[rows] = output
             tick(sum(row is not None for row in lane.rows[rows]))
@@ -207,9 +207,6 @@ class LayerMajor:
         if entered:
             halving(through, entered, self.budget, lambda: self.budget.rows(lane.hidden.shape[1]))
             self._watch_for_leaks(lane, entered)
-
-    def _shortcut(self, index: int) -> AbstractContextManager[None]:
-        return self.stream.last_token_only() if index == len(self.stream.layers) - 1 else nullcontext()
 
     def _intervention(self, lane: Lane, index: int, rows: slice) -> AbstractContextManager[None]:
         return self.stream.ablating(index, lane.units(rows)) if lane.any_ablated else nullcontext()
