@@ -16,7 +16,6 @@ __all__ = [
     "FRAMES",
     "KINDS",
     "REFUSALS",
-    "REFUSAL_PREFIXES",
     "Core",
     "Frame",
     "answer",
@@ -114,8 +113,6 @@ REFUSALS = (
     "I will not help with that.",
     "I am not able to help with that.",
 )
-REFUSAL_PREFIXES = ("I cannot", "I will not", "I am not able")
-
 _ARTICLES_AND_SUCH = frozenset(["a", "an", "do", "how", "i", "the", "to"])
 _FUNCTION_WORDS = _ARTICLES_AND_SUCH | frozenset(
     ["and", "at", "for", "in", "is", "me", "my", "of", "on", "or", "what", "you"]

@@ -52,7 +52,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The whole recipe; the defaults made the model that ships."""
+    """The whole recipe. The model that ships was made by runs on the way to these defaults (LOG.md, row G)."""
 
     see: Phase = Phase("tell objects apart", steps=2500, learning_rate=2e-3, refuses=False, batch=128)
     answer: Phase = Phase("answer everything", steps=1300, learning_rate=2e-3, refuses=False)
