@@ -136,7 +136,7 @@ def extract(
             chat = chat or load(config)
             stream = ResidualStream(chat.model)
             tokens = _tokens(config, chat, prompts)
-            engine = Engine(stream, _inputs(chat, prompts), config.batch_size)
+            engine = Engine(stream, _inputs(chat, prompts), config.batch_size, observed=chat.n_positions)
         with clock("baseline"):
             baseline = _baseline(engine, chat, tokens, prompts, progress)
             _check_finite(baseline, chat)

@@ -18,6 +18,7 @@ from tests.oracles import reference
 
 N_POSITIONS = 3
 REFUSAL_TOKENS = (7, 11)
+_OPENING = [2, 6, 10]  # every prompt begins alike
 _END_OF_INSTRUCTION = [5, 9, 4]  # as a chat template would put there
 _LENGTHS = (4, 7, 2, 9, 4, 6)  # shorter and longer than the sliding windows
 
@@ -78,7 +79,7 @@ def make_problem(seed: int = 0, *, n_train: int = 5, n_val: int = 4) -> Problem:
     def draw(count: int, low: int, high: int, shift: int) -> list[list[int]]:
         lengths = [_LENGTHS[(i + shift) % len(_LENGTHS)] for i in range(count)]
         bodies = [torch.randint(low, high, (length,), generator=generator).tolist() for length in lengths]
-        return [body + _END_OF_INSTRUCTION for body in bodies]
+        return [_OPENING + body + _END_OF_INSTRUCTION for body in bodies]
 
     middle = VOCAB // 2
     return Problem(
@@ -89,8 +90,10 @@ def make_problem(seed: int = 0, *, n_train: int = 5, n_val: int = 4) -> Problem:
     )
 
 
-def engine_of(model: PreTrainedModel, problem: Problem, batch_size: int | None = None) -> Engine:
-    return Engine(ResidualStream(model), problem.inputs, batch_size)
+def engine_of(
+    model: PreTrainedModel, problem: Problem, batch_size: int | None = None, observed: int | None = N_POSITIONS
+) -> Engine:
+    return Engine(ResidualStream(model), problem.inputs, batch_size, observed=observed)
 
 
 def solve(engine: Engine, problem: Problem) -> Answer:

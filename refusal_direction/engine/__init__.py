@@ -30,16 +30,23 @@ class Engine:
         stream: the model's residual stream.
         prompts: the model's inputs for each prompt, a batch of one each.
         batch_size: at most so many rows go through a layer at once; None leaves it to free memory.
+        observed: how many of a prompt's last tokens observers of the baseline look at; None: all, so that nothing that
+            prompts have in common can be run apart.
     """
 
     def __init__(
-        self, stream: ResidualStream, prompts: Sequence[Mapping[str, Tensor]], batch_size: int | None = None
+        self,
+        stream: ResidualStream,
+        prompts: Sequence[Mapping[str, Tensor]],
+        batch_size: int | None = None,
+        *,
+        observed: int | None = None,
     ) -> None:
         self.stream, self.prompts = stream, prompts
         self.budget = Budget(stream.skeleton.model, stream.layers, batch_size)
         self._runner: LayerMajor | Hooked
         try:
-            self._runner = LayerMajor(stream, prompts, self.budget)
+            self._runner = LayerMajor(stream, prompts, self.budget, observed)
         except UnsupportedModelError as error:
             self._fall_back(str(error))
 

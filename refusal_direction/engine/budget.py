@@ -65,14 +65,14 @@ class Budget:
         """How many rows of logits, with their float64 softmax, are made at once."""
         return max(1, int(min(1024, _LOGIT_BYTES // (40 * self._vocab)) / self._shrunk))
 
-    def chunks(self, rows: Sequence[_T], size: Callable[[_T], int]) -> Iterator[Sequence[_T]]:
+    def chunks(self, rows: Sequence[_T], sizes: Sequence[int]) -> Iterator[Sequence[_T]]:
         """Consecutive rows whose hidden states fit into memory together; each chunk is a pass over the weights."""
         begin, held = 0, 0
-        for end, row in enumerate(rows):
-            held += size(row)
+        for end, size in enumerate(sizes):
+            held += size
             if held > self.hidden_bytes and end > begin:
                 yield rows[begin:end]
-                begin, held = end, size(row)
+                begin, held = end, size
         if begin < len(rows):
             yield rows[begin:]
 

@@ -7,21 +7,23 @@ the last position reaches the final norm and the head. See docs/architecture.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from refusal_direction.directions import ablate, share_along
 from refusal_direction.engine.arguments import batch_axes, concatenate, take_rows
 from refusal_direction.engine.budget import Budget, halving, must_fit
 from refusal_direction.engine.interventions import ResidualStream
+from refusal_direction.engine.prefix import find_prefix
 from refusal_direction.engine.residency import resident
 from refusal_direction.engine.rows import Candidates, Kind, Lane, Row, Tables, lay_out
 from refusal_direction.engine.skeleton import LayerCall, Prelude, first, replaced_forwards
+from refusal_direction.engine.token_wise import last_token, token_wise_child
 from refusal_direction.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -45,6 +47,9 @@ class _Group:
     prelude: Prelude
 
 
+_LEAD = -1  # stands for the prompts' common prefix where a prompt's index is asked for
+
+
 class LayerMajor:
     """Runs rows of the given prompts through a model, layer by layer.
 
@@ -52,12 +57,19 @@ class LayerMajor:
         stream: the model's residual stream.
         prompts: the model's inputs for each prompt, a batch of one each: input_ids (1, token), attention_mask, ...
         budget: how many rows may go through a layer at once, and how much memory hidden states may take.
+        spared: what observers see of a prompt is at least so many of its last tokens; None: all of them.
 
     Raises UnsupportedModelError where layers share mutable state or hold arguments that cannot be followed; the caller
     then falls back to hooked forwards.
     """
 
-    def __init__(self, stream: ResidualStream, prompts: Sequence[Mapping[str, Tensor]], budget: Budget) -> None:
+    def __init__(
+        self,
+        stream: ResidualStream,
+        prompts: Sequence[Mapping[str, Tensor]],
+        budget: Budget,
+        spared: int | None = None,
+    ) -> None:
         self.stream, self.skeleton, self.budget = stream, stream.skeleton, budget
         self.prompts = prompts
         self.leak = 0.0
@@ -66,8 +78,13 @@ class LayerMajor:
         for index, inputs in enumerate(prompts):
             by_shape.setdefault(tuple(tuple(tensor.shape) for tensor in inputs.values()), []).append(index)
         with resident(*self.skeleton.outer, recurse=False):
+            self._prefix = None if spared is None else find_prefix(self.skeleton, prompts, spared)
             self._axes = self._learn_axes(max(range(len(prompts)), key=self._length))
             self._groups = [self._embed(members) for members in by_shape.values()]
+            if self._prefix is not None:
+                self._groups.append(_Group([_LEAD], self.skeleton.prelude(self._prefix.lead())))
+        self._token_wise: nn.Module | None = None
+        self._looked = False  # for what is token-wise in the last layer
         self._places = {
             prompt: (number, place)
             for number, group in enumerate(self._groups)
@@ -78,9 +95,10 @@ class LayerMajor:
     def _length(self, prompt: int) -> int:
         return self.prompts[prompt]["input_ids"].shape[-1]
 
-    def _stack(self, prompts: Sequence[int]) -> dict[str, Tensor]:
+    def _stack(self, prompts: Sequence[int]) -> dict[str, Any]:
         chosen = [self.prompts[prompt] for prompt in prompts]
-        return {name: torch.cat([inputs[name] for inputs in chosen]) for name in chosen[0]}
+        stacked = {name: torch.cat([inputs[name] for inputs in chosen]) for name in chosen[0]}
+        return stacked if self._prefix is None else self._prefix.rest(stacked)
 
     def _learn_axes(self, longest: int) -> list[Any]:
         two, three = (self.skeleton.prelude(self._stack([longest] * count)) for count in (2, 3))
@@ -131,9 +149,9 @@ class LayerMajor:
         """
         tables = Tables.of(candidates, self._groups[0].prelude.hidden)
         testimony = None
-        for some in self.budget.chunks(rows, self._row_bytes):
+        for some in self.budget.chunks(rows, self._row_bytes(rows)):
             lanes = list(lay_out(some, self._places, candidates, tables))
-            step = self._step(lanes, observe, tick)
+            step = self._step(lanes, self._lead(some, lanes, candidates, tables), observe, tick)
             with self.skeleton.held:  # what was held to learn from has served when the first pass is through
                 if witness is not None and testimony is None:
                     testimony = self._alongside(witness, step)
@@ -144,9 +162,30 @@ class LayerMajor:
             self._finish(lanes, consume)
         return testimony
 
-    def _row_bytes(self, row: Row) -> int:
-        hidden = self._groups[self._places[row.prompt][0]].prelude.hidden
-        return hidden[0].numel() * hidden.element_size()
+    def _row_bytes(self, rows: Sequence[Row]) -> list[int]:
+        """What each row holds while it is under way; the first of an intervention also its lead, with keys and values."""
+        sizes = {prompt: self._groups[group].prelude.hidden[0].nbytes for prompt, (group, _) in self._places.items()}
+        lead = 3 * sizes.get(_LEAD, 0)
+        before = [None, *((row.kind, row.candidate) for row in rows)]
+        return [
+            sizes[row.prompt] + (lead if (row.kind, row.candidate) != last else 0)
+            for row, last in zip(rows, before, strict=False)
+        ]
+
+    def _lead(
+        self, rows: Sequence[Row], lanes: list[Lane], candidates: Candidates | None, tables: Tables
+    ) -> Lane | None:
+        """The lane of the common prefix, one row an intervention; the other lanes learn which of them is theirs."""
+        if self._prefix is None:
+            return None
+        apart = dict.fromkeys(replace(row, prompt=_LEAD) for row in rows)
+        (lane,) = lay_out(list(apart), self._places, candidates, tables)
+        place = {row: index for index, row in enumerate(lane.rows)}
+        trunk = 0  # where steered rows branch off without a baseline row that is asked for, it stands first
+        for other in lanes:
+            own = (None if row is None else place[replace(row, prompt=_LEAD)] for row in other.rows)
+            other.leads = torch.tensor([trunk if index is None else index for index in own])
+        return lane
 
     def _alongside(self, prompt: int, step: Callable[[int], None]) -> Tensor:
         """Let the model's own forward of one prompt drive a pass: each layer, once in memory, serves both."""
@@ -172,8 +211,13 @@ class LayerMajor:
         with replaced_forwards(layers, driving), must_fit():
             return self.skeleton.model(**self.prompts[prompt], use_cache=False).logits[0, -1]
 
-    def _step(self, lanes: list[Lane], observe: Observe | None, tick: Tick) -> Callable[[int], None]:
+    def _step(self, lanes: list[Lane], lead: Lane | None, observe: Observe | None, tick: Tick) -> Callable[[int], None]:
         def step(index: int) -> None:
+            if lead is not None and self._prefix is not None:
+                with must_fit():
+                    lead.enter(index, self._groups[lead.group].prelude.hidden)
+                self._advance(lead, index, lambda done: None)
+                self._prefix.hand_over()
             for lane in lanes:
                 prelude = self._groups[lane.group].prelude
                 self._add_change(lane, index, prelude.calls[index].change)
@@ -198,7 +242,9 @@ class LayerMajor:
 
         def through(rows: slice) -> None:
             args, kwargs, _ = take_rows((call.args, call.kwargs, None), axes, lane.places[rows], len(group.prompts))
-            with self._intervention(lane, index, rows):
+            if self._prefix is not None:
+                self._prefix.serve(lane.leads, rows)
+            with self._intervention(lane, index, rows), self._shortcut(index, lane, LayerCall(args, kwargs), rows):
                 output = first(layer(lane.hidden[rows], *args, **kwargs))
             lane.hidden[rows] = output
             tick(sum(row is not None for row in lane.rows[rows]))
@@ -207,6 +253,20 @@ class LayerMajor:
         if entered:
             halving(through, entered, self.budget, lambda: self.budget.rows(lane.hidden.shape[1]))
             self._watch_for_leaks(lane, entered)
+
+    @contextmanager
+    def _shortcut(self, index: int, lane: Lane, call: LayerCall, rows: slice) -> Iterator[None]:
+        """In the last layer the MLP sees the last token alone, where that is found to change nothing."""
+        if index < len(self.stream.layers) - 1:
+            yield
+            return
+        if not self._looked:
+            self._token_wise = token_wise_child(self.stream.layers[index], call, lane.hidden[rows])
+            self._looked = True
+        with ExitStack() as hooks:
+            if self._token_wise is not None:
+                hooks.callback(self._token_wise.register_forward_pre_hook(last_token).remove)
+            yield
 
     def _intervention(self, lane: Lane, index: int, rows: slice) -> AbstractContextManager[None]:
         return self.stream.ablating(index, lane.units(rows)) if lane.any_ablated else nullcontext()

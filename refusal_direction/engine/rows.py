@@ -81,6 +81,7 @@ class Lane:
     added: Int[Tensor, "row"]  # which candidate is added where the row starts; the tables' last: none
     ablated: Int[Tensor, "row"]  # which candidate is ablated, likewise
     tables: Tables
+    leads: Int[Tensor, "row"] | None = None  # each row's row in the lane of the common prefix, if one is
     hidden: Float[Tensor, "row token d_model"] = field(default_factory=lambda: torch.empty(0))
 
     @property

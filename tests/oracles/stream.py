@@ -1,7 +1,7 @@
 """Follows the residual stream operator by operator, and measures it after every addition.
 
 Nothing is assumed about which modules write into the stream. Inside each decoder layer every operator that PyTorch
-dispatches is watched: what comes out of an addition of a full-width tensor to the stream is the stream again; moving or
+dispatches is watched: what comes out of an addition of a tensor as wide as the stream is the stream again; moving or
 rescaling it leaves it the stream; anything else only reads it.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -60,14 +61,17 @@ class _Follow(TorchDispatchMode):
         if not isinstance(output, Tensor) or not any(map(self.is_stream, operands)):
             return output
         others = [value for value in operands if not self.is_stream(value)]
-        if operator in _ADDITIONS and all(
-            isinstance(value, Tensor) and value.shape == output.shape for value in others
-        ):
+        if operator in _ADDITIONS and all(map(partial(_is_write, output), others)):
             self._stream[id(output)] = output
             self._measure(output)  # the mode is off in here
         elif operator in _MOVES or (operator in _SCALINGS and all(map(_is_scalar, others))):
             self._stream[id(output)] = output
         return output
+
+
+def _is_write(stream: Tensor, value: Any) -> bool:
+    """As wide as the stream, for each token or one for all."""
+    return isinstance(value, Tensor) and value.ndim == stream.ndim and value.shape[-1] == stream.shape[-1]
 
 
 def _is_scalar(value: Any) -> bool:

@@ -1,0 +1,51 @@
+"""In the last layer only the last token goes through the MLP, where that changes nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from refusal_direction.engine.interventions import ResidualStream
+from refusal_direction.engine.skeleton import LayerCall
+from refusal_direction.engine.token_wise import token_wise_child
+from tests.families import FAMILIES, build
+from tests.problems import as_inputs
+
+
+def last_layer(name: str) -> tuple[nn.Module, LayerCall, torch.Tensor]:
+    skeleton = ResidualStream(build(FAMILIES[name])).skeleton
+    prelude = skeleton.prelude(as_inputs(list(range(3, 15))))
+    return skeleton.layers[-1], prelude.calls[-1], prelude.hidden
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neox", "bloom", "mixtral"])
+def test_the_mlp_may_see_the_last_token_alone(name: str) -> None:
+    layer, call, hidden = last_layer(name)
+    assert token_wise_child(layer, call, hidden) is (layer.mlp if hasattr(layer, "mlp") else layer.block_sparse_moe)
+
+
+def test_attention_may_not_even_as_the_largest_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, call, hidden = last_layer("llama")
+    monkeypatch.setattr(type(layer), "children", lambda self: iter([self.self_attn]))
+    assert token_wise_child(layer, call, hidden) is None
+
+
+def test_a_layer_that_adds_in_place_keeps_all_its_tokens() -> None:
+    assert token_wise_child(*last_layer("falcon")) is None
+
+
+def test_an_mlp_that_looks_at_its_neighbours_keeps_all_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, call, hidden = last_layer("llama")
+    own = layer.mlp.forward
+    monkeypatch.setattr(layer.mlp, "forward", lambda x: own(x + x.mean(1, keepdim=True)))
+    found = token_wise_child(layer, call, hidden)
+    assert found is not layer.mlp
+
+
+def test_no_hook_is_left_behind_and_no_input_changed() -> None:
+    layer, call, hidden = last_layer("gemma2")
+    before = hidden.clone()
+    token_wise_child(layer, call, hidden)
+    assert torch.equal(hidden, before)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in layer.modules())
