@@ -25,7 +25,7 @@ import psutil
 import torch
 import vision
 from torch import Tensor
-from transformers import AutoTokenizer, GemmaConfig, GemmaForCausalLM
+from transformers import AutoTokenizer, GemmaConfig, GemmaForCausalLM, PreTrainedTokenizerBase
 
 from refusal_direction import demo
 from refusal_direction.config import DEMO_MODEL, Config, ModelSource, PromptSource
@@ -40,12 +40,13 @@ from refusal_direction.prompts import PromptSets, gather
 from refusal_direction.scoring import intervention_rows, measure_baseline, score_candidates
 
 BATCH = 32
+VOCABULARY = 8192
 
 
 def random_gemma(n_layers: int) -> GemmaForCausalLM:
     torch.manual_seed(0)
     config = GemmaConfig(
-        vocab_size=8192,
+        vocab_size=VOCABULARY,
         hidden_size=512,
         intermediate_size=2048,
         num_hidden_layers=n_layers,
@@ -57,8 +58,22 @@ def random_gemma(n_layers: int) -> GemmaForCausalLM:
     return GemmaForCausalLM(config).eval()
 
 
+def tokenizer_for(options: argparse.Namespace) -> PreTrainedTokenizerBase:
+    """The one asked for; else as many tokens as the model has, learnt from the published prompts in the demo's template.
+
+    Prompts are then as long as for real models. Without the published prompts: the demo's own.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer or demo.MODEL_DIR)
+    splits = [options.data_dir / f"{name}.json" for name in ("harmful_train", "harmless_train")]
+    if options.tokenizer or not all(path.exists() for path in splits):
+        return tokenizer
+    chat = ChatModel(random_gemma(1), tokenizer, "to render prompts")
+    texts = [chat.render(entry["instruction"]) for path in splits for entry in json.loads(path.read_text())[:9000]]
+    return tokenizer.train_new_from_iterator(texts, VOCABULARY, show_progress=False)
+
+
 def setting(options: argparse.Namespace) -> tuple[ChatModel, PromptSets]:
-    chat = ChatModel(random_gemma(options.layers), AutoTokenizer.from_pretrained(options.tokenizer), "random Gemma")
+    chat = ChatModel(random_gemma(options.layers), tokenizer_for(options), "random Gemma")
     source = PromptSource(n_train=options.n_train, n_val=options.n_val, data_dir=options.data_dir)
     published = (options.data_dir / "harmful_train.json").exists()
     model = ModelSource("random" if published else DEMO_MODEL)
@@ -262,9 +277,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--vlm", action="store_true", help="the vision-language loop on a random PaliGemma 2")
     arguments.add_argument("--data_dir", type=Path, default=Path("data"))
-    arguments.add_argument(
-        "--tokenizer", default=str(demo.MODEL_DIR), help="folder of a tokenizer with a chat template"
-    )
+    arguments.add_argument("--tokenizer", help="folder of a tokenizer with a chat template")
     arguments.add_argument("--layers", type=int, default=12)
     arguments.add_argument("--n_train", type=int, help="prompts of each kind (128; 16 with --vlm)")
     arguments.add_argument("--n_val", type=int, help="prompts of each kind (32; 8 with --vlm)")

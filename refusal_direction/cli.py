@@ -26,7 +26,8 @@ __all__ = ["config_from", "main", "main_vlm", "parser"]
 
 _DESCRIPTION = """\
 Find the direction in the residual stream that carries refusal in a chat model (Arditi et al., NeurIPS 2024), score every
-candidate, and write the best with its scores. Try: --model_id demo"""
+candidate, and write the best with its scores. Try: --model_id demo. Before a long run, `inspect MODEL` with the same flags
+shows what would be done and what it would cost on this machine."""
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -69,6 +70,7 @@ def parser(defaults: Config = Config()) -> argparse.ArgumentParser:
         metavar="ROWS",
         help=f"most rows through a layer at once{by_memory}",
     )
+    add(model, "memory_budget", type=_bytes, metavar="SIZE", help="most memory beside the model, as 512MiB or 4GB")
     own, kind = ("FOLDER", "images with metadata.jsonl") if vision else ("FILE", ".json, .jsonl, .csv, .txt")
     add(prompts, "harmful", type=Path, metavar=own, help=f"own harmful prompts: {kind}")
     add(prompts, "harmless", type=Path, metavar=own, help="own harmless prompts, likewise")
@@ -127,11 +129,19 @@ def config_from(arguments: argparse.Namespace, rules: Rules = TEXT) -> Config:
         thresholds=Thresholds(arguments.kl_threshold, arguments.induce_threshold, arguments.prune_layers),
         output_dir=arguments.output_dir,
         batch_size=arguments.batch_size,
+        memory_budget=arguments.memory_budget,
         skip_filter=arguments.skip_filter,
         refusal_tokens=tuple(arguments.refusal_tokens),
         calibrate_refusal=arguments.calibrate_refusal,
         sanity=arguments.sanity,
     )
+
+
+def _bytes(size: str) -> int:
+    """A size with its unit, in bytes; argparse explains a ValueError."""
+    from accelerate.utils.modeling import convert_file_size_to_int
+
+    return int(convert_file_size_to_int(size))
 
 
 _Part = TypeVar("_Part", ModelSource, PromptSource)
@@ -179,6 +189,13 @@ def _run(config: Config) -> None:
         print("", report.completions(extraction), sep="\n")
 
 
+def _inspect(config: Config) -> None:
+    from refusal_direction import report
+    from refusal_direction.inspection import inspect
+
+    print(report.inspection(inspect(config)))
+
+
 def _quiet_libraries() -> None:
     """Only what concerns the user: our warnings, and no bars of the libraries where output is no terminal."""
     handler = logging.StreamHandler(sys.stderr)
@@ -200,13 +217,23 @@ def main_vlm(argv: Sequence[str] | None = None) -> int:
     return _main(argv, VISION_CONFIG)
 
 
+def _task(argv: Sequence[str]) -> tuple[Callable[[Config], None], Sequence[str]]:
+    """What to do, and its flags: `inspect MODEL ...` looks at a model, anything else is a run."""
+    if not argv or argv[0] != "inspect":
+        return _run, argv
+    rest = argv[1:]
+    named = bool(rest) and not rest[0].startswith("-")
+    return _inspect, ["--model_id", *rest] if named else rest
+
+
 def _main(argv: Sequence[str] | None, defaults: Config) -> int:
     try:
         if defaults.rules.images:
             defaults = _sample_sizes_from_environment(defaults)
-        config = config_from(parser(defaults).parse_args(argv), defaults.rules)
+        task, flags = _task(sys.argv[1:] if argv is None else argv)
+        config = config_from(parser(defaults).parse_args(flags), defaults.rules)
         _quiet_libraries()
-        _run(config)
+        task(config)
     except RefusalDirectionError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2

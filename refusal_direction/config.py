@@ -94,6 +94,8 @@ class Config:
     output_dir: Path = Path("artifacts")
     batch_size: int | None = None
     """At most so many rows go through a layer at once; None derives it from free memory."""
+    memory_budget: int | None = None
+    """At most so many bytes are held beside the model; None: as much as pays."""
     skip_filter: bool = False
     """Keep prompts whatever their baseline refusal score."""
     refusal_tokens: tuple[str, ...] = ()

@@ -32,6 +32,7 @@ from refusal_direction.scoring import (
     Measure,
     Scores,
     intervention_rows,
+    kept_bytes,
     measure_baseline,
     null_candidates,
     score_candidates,
@@ -48,7 +49,7 @@ from refusal_direction.selection import (
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-__all__ = ["Direction", "Extraction", "Progress", "extract"]
+__all__ = ["Direction", "Extraction", "Prepared", "Progress", "extract", "prepare"]
 
 log = logging.getLogger(__name__)
 
@@ -128,15 +129,8 @@ def extract(
     config, chat = _resolve(model, config)
     clock = _Clock()
     with recorded_warnings() as warnings:
-        with clock("prompts"):
-            prompts = prompts or prompt_sources.gather(config, progress=progress is not _silent)
-        if not all(prompts.indices().values()):
-            raise TooFewPromptsError("A set of prompts is empty. Each of the four needs at least one.")
-        with clock("model"):
-            chat = chat or load(config)
-            stream = ResidualStream(chat.model)
-            tokens = _tokens(config, chat, prompts)
-            engine = Engine(stream, _inputs(chat, prompts), config.batch_size, observed=chat.n_positions)
+        ready = prepare(config, chat=chat, prompts=prompts, seconds=clock.seconds, progress=progress is not _silent)
+        chat, prompts, tokens, engine = ready.chat, ready.prompts, ready.tokens, ready.engine
         with clock("baseline"):
             baseline = _baseline(engine, chat, tokens, prompts, progress)
             _check_finite(baseline, chat)
@@ -161,6 +155,59 @@ def extract(
         seconds=clock.seconds,
         peak_memory=peak_bytes(execution_device(chat.model)),
     )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that is needed before the first sweep."""
+
+    chat: ChatModel
+    prompts: PromptSets
+    tokens: RefusalTokens
+    engine: Engine
+
+
+def prepare(
+    config: Config,
+    *,
+    chat: ChatModel | None = None,
+    prompts: PromptSets | None = None,
+    seconds: dict[str, float],
+    progress: bool = False,
+) -> Prepared:
+    """Gather prompts, load the model, find its residual stream and its refusal tokens.
+
+    Args:
+        config: names the model and the prompts.
+        chat: the model, if it is loaded already.
+        prompts: the prompts, likewise.
+        seconds: receives the wall time of the two stages.
+        progress: whether downloads show bars.
+    """
+    clock = _Clock(seconds)
+    with clock("prompts"):
+        prompts = prompts or prompt_sources.gather(config, progress=progress)
+    if not all(prompts.indices().values()):
+        raise TooFewPromptsError("A set of prompts is empty. Each of the four needs at least one.")
+    with clock("model"):
+        chat = chat or load(config)
+        stream = ResidualStream(chat.model)
+        tokens = _tokens(config, chat, prompts)
+        kept = kept_bytes(
+            stream,
+            observed=len(prompts.harmful_train) + len(prompts.harmless_train),
+            n_positions=chat.n_positions,
+            kept=len(prompts.harmless_val),
+        )
+        engine = Engine(
+            stream,
+            _inputs(chat, prompts),
+            config.batch_size,
+            memory=config.memory_budget,
+            kept=kept,
+            observed=chat.n_positions,
+        )
+    return Prepared(chat, prompts, tokens, engine)
 
 
 def _resolve(model: str | ChatModel, config: Config | None) -> tuple[Config, ChatModel | None]:
@@ -194,8 +241,8 @@ def recorded_warnings() -> Iterator[list[str]]:
 
 
 class _Clock:
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    def __init__(self, seconds: dict[str, float] | None = None) -> None:
+        self.seconds = {} if seconds is None else seconds
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:

@@ -13,10 +13,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from refusal_direction.config import Config
+    from refusal_direction.inspection import Inspection
     from refusal_direction.pipeline import Extraction
     from refusal_direction.prompts.sets import Prompt
 
-__all__ = ["completions", "files", "results"]
+__all__ = ["completions", "files", "inspection", "results"]
 
 _SHOWN = 3
 
@@ -94,3 +95,34 @@ def _side_by_side(
             "",
         ]
     return lines
+
+
+def inspection(found: Inspection) -> str:
+    """What a run on this model would do, and what it would cost."""
+    model, chat = found.chat.model, found.chat
+    writes = "; ".join(f"{' + '.join(sites)} ({count} layers)" for sites, count in found.writes)
+    positions = (
+        " ".join(repr(chat.text_of(token)) for token in chat.eoi_tokens) or f"the last {chat.n_positions} of the prompt"
+    )
+    cost, everything = found.cost, found.prompts.indices()
+    lines = [
+        ("model", f"{chat.model_id}: {model.num_parameters() / 1e6:,.1f}M parameters, {str(model.dtype)[6:]}"),
+        ("residual stream", f"{found.n_layers} layers, d_model {found.d_model}; {found.engine} engine"),
+        ("written by", f"the embedding; {writes}"),
+        ("positions", f"{positions}: {chat.n_positions} tokens"),
+        ("refusal tokens", f"{', '.join(map(repr, found.tokens.texts))} ({found.tokens.source})"),
+        ("prompts", ", ".join(f"{len(members)} {name}" for name, members in everything.items())),
+        ("shared opening", f"{found.shared} tokens"),
+        ("candidates", f"{found.n_candidates} = {chat.n_positions} positions x {found.n_layers} layers"),
+        ("rows", ", ".join(f"{count:,} {name}" for name, count in found.rows.items())),
+        ("time", f"about {_duration(cost.seconds)}: loading {_duration(cost.load_seconds)} (measured)"),
+        *(("", f"{name} {_duration(seconds)}") for name, seconds in cost.sweep_seconds.items()),
+        ("memory", f"about {cost.memory / 2**30:.1f} GiB at its peak"),
+    ]
+    return "\n".join(f"{name:16s} {text}" for name, text in lines)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

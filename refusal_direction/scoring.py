@@ -17,6 +17,7 @@ from refusal_direction.metrics import kl_divergence, refusal_mass, refusal_score
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
+    from refusal_direction.engine.interventions import ResidualStream
     from refusal_direction.engine.layer_major import Tick
     from refusal_direction.models.refusal_tokens import RefusalTokens
 
@@ -26,6 +27,7 @@ __all__ = [
     "Measure",
     "Scores",
     "intervention_rows",
+    "kept_bytes",
     "measure_baseline",
     "null_candidates",
     "score_candidates",
@@ -44,6 +46,13 @@ class Baseline:
     """The residual stream at the input of each layer at the end-of-instruction tokens, of the prompts observed."""
     logits: dict[int, Float[Tensor, "vocab"]]
     """Last-position logits of the prompts kept for the KL divergence."""
+
+
+def kept_bytes(stream: ResidualStream, *, observed: int, n_positions: int, kept: int) -> int:
+    """What a Baseline will hold: activations of so many observed prompts, and logits of those kept for the KL."""
+    model = stream.skeleton.model
+    activations = observed * n_positions * len(stream.layers) * stream.skeleton.d_model
+    return (activations + kept * model.config.get_text_config().vocab_size) * model.dtype.itemsize
 
 
 @dataclass(frozen=True)

@@ -303,8 +303,8 @@ def _branches_from_a_wrong_state(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that enter above layer 0 start from something else; baseline rows are right."""
     own = Lane.enter
 
-    def entering(self: Lane, layer: int, embedded: Tensor) -> None:
-        own(self, layer, embedded)
+    def entering(self: Lane, layer: int, embedded: Tensor, at_once: int) -> None:
+        own(self, layer, embedded, at_once)
         if layer > 0:
             self.hidden[self.entered(layer - 1) : self.entered(layer)] *= 1.1
 
@@ -315,8 +315,8 @@ def _branches_from_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that enter above layer 0 are not a number; baseline rows are right."""
     own = Lane.enter
 
-    def entering(self: Lane, layer: int, embedded: Tensor) -> None:
-        own(self, layer, embedded)
+    def entering(self: Lane, layer: int, embedded: Tensor, at_once: int) -> None:
+        own(self, layer, embedded, at_once)
         if layer > 0:
             self.hidden[self.entered(layer - 1) : self.entered(layer)] = float("nan")
 
@@ -506,7 +506,7 @@ def test_out_of_memory_for_the_hidden_states_is_an_error_with_a_remedy(
 ) -> None:
     engine, given = engine_of(build(FAMILIES["llama"]), problem), candidates(2)
 
-    def enter(self: Lane, layer: int, embedded: Tensor) -> None:
+    def enter(self: Lane, layer: int, embedded: Tensor, at_once: int) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 7 bytes.")
 
     monkeypatch.setattr(Lane, "enter", enter)

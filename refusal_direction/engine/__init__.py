@@ -30,6 +30,8 @@ class Engine:
         stream: the model's residual stream.
         prompts: the model's inputs for each prompt, a batch of one each.
         batch_size: at most so many rows go through a layer at once; None leaves it to free memory.
+        memory: at most so many bytes may be held beside the model; None: as much as pays.
+        kept: of these, what the caller keeps of the results.
         observed: how many of a prompt's last tokens observers of the baseline look at; None: all, so that nothing that
             prompts have in common can be run apart.
     """
@@ -40,10 +42,12 @@ class Engine:
         prompts: Sequence[Mapping[str, Tensor]],
         batch_size: int | None = None,
         *,
+        memory: int | None = None,
+        kept: int = 0,
         observed: int | None = None,
     ) -> None:
         self.stream, self.prompts = stream, prompts
-        self.budget = Budget(stream.skeleton.model, stream.layers, batch_size)
+        self.budget = Budget(stream.skeleton.model, stream.layers, batch_size, memory, kept)
         self._runner: LayerMajor | Hooked
         try:
             self._runner = LayerMajor(stream, prompts, self.budget, observed)
@@ -59,6 +63,15 @@ class Engine:
     def leak(self) -> float:
         """Largest |x . u| / |x| seen in an ablated stream at a layer's output."""
         return self._runner.leak
+
+    @property
+    def shared(self) -> int:
+        """How many tokens all prompts begin with that are run once for each intervention."""
+        return self._runner.shared if isinstance(self._runner, LayerMajor) else 0
+
+    def row_bytes(self, rows: Sequence[Row]) -> list[int]:
+        """What each row holds in memory while it is under way."""
+        return self._runner.row_bytes(rows) if isinstance(self._runner, LayerMajor) else [0] * len(rows)
 
     def _fall_back(self, reason: str) -> None:
         log.warning("Plain hooked forwards are used, which is slower but exact. %s", reason)

@@ -14,14 +14,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from refusal_direction.engine.residency import execution_device, is_offloaded
-from refusal_direction.errors import OutOfMemoryError
+from refusal_direction.errors import ConfigurationError, OutOfMemoryError
 
 __all__ = ["Budget", "free_bytes", "halving", "must_fit"]
 
 log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
-_CACHED_TOKENS = 1024  # on a CPU a microbatch whose activations stay in the cache is the fastest
+_CACHED_TOKENS = 1536  # on a CPU more than twice as many drop out of the cache
 _DEVICE_TOKENS = 16384  # enough to fill a large GPU; more only costs memory
 _HIDDEN_BYTES = 512 << 20  # where weights stay in memory, more rows under way save nothing
 _LOGIT_BYTES = 256 << 20
@@ -42,19 +42,46 @@ class Budget:
         model: whose layers and vocabulary decide what a token costs.
         layers: its decoder layers.
         batch_size: at most so many rows go through a layer at once; None leaves it to free memory.
+        memory: at most so many bytes may be held beside the model; None: as much as pays.
+        kept: of these, what the caller keeps of the results.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: nn.ModuleList, batch_size: int | None = None) -> None:
-        device = execution_device(model)
-        free = free_bytes(device)
-        widest = max(max(weight.shape[-2:]) for layer in layers for weight in layer.parameters() if weight.ndim)
-        itemsize = model.dtype.itemsize
-        most = _CACHED_TOKENS if device.type == "cpu" else _DEVICE_TOKENS
-        self._tokens = min(most, max(1, int(0.2 * free) // (8 * widest * itemsize)))
-        self._batch_size = batch_size
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: nn.ModuleList,
+        batch_size: int | None = None,
+        memory: int | None = None,
+        kept: int = 0,
+    ) -> None:
+        self._model, self._memory, self._batch_size, self.kept = model, memory, batch_size, kept
+        self._widest = max(max(weight.shape[-2:]) for layer in layers for weight in layer.parameters() if weight.ndim)
         self._vocab = model.config.get_text_config().vocab_size
-        self.hidden_bytes = free // 3 if is_offloaded(model) else min(free // 4, _HIDDEN_BYTES)
         self._shrunk = 1.0
+        self.hidden_bytes = 0
+        """What the hidden states of all rows under way may take."""
+        self.reserve(0)
+
+    def reserve(self, held: int) -> None:
+        """Set the limits, when `held` bytes of the memory that may be used are taken besides what the caller keeps.
+
+        Raises ConfigurationError where the rest of a memory that was asked for is not enough for one row.
+        """
+        device, itemsize = execution_device(self._model), self._model.dtype.itemsize
+        free = free_bytes(device)
+        held += self.kept
+        memory = free if self._memory is None else min(free, self._memory - held)
+        a_token, a_row_of_logits = 8 * self._widest * itemsize, 40 * self._vocab  # with their softmax in float64
+        if self._memory is not None and memory < (least := 8 * max(64 * a_token, a_row_of_logits)):
+            raise ConfigurationError(
+                f"--memory_budget {self._memory / 2**20:.0f}MiB is too little for this model and these prompts: they need "
+                f"{-(-(held + least) // 2**20)}MiB. Raise it, or take fewer prompts (--n_train, --n_val)."
+            )
+        most = _CACHED_TOKENS if device.type == "cpu" else _DEVICE_TOKENS
+        self._tokens = min(most, max(1, int(0.2 * memory) // a_token))
+        self._logit_rows = max(1, min(1024, min(_LOGIT_BYTES, int(0.2 * memory)) // a_row_of_logits))
+        most_hidden = memory // 3 if is_offloaded(self._model) else min(memory // 4, _HIDDEN_BYTES)
+        self.hidden_bytes = most_hidden if self._memory is None else memory // 2
 
     def rows(self, length: int) -> int:
         """How many rows of `length` tokens go through a layer at once."""
@@ -63,7 +90,7 @@ class Budget:
 
     def logit_rows(self) -> int:
         """How many rows of logits, with their float64 softmax, are made at once."""
-        return max(1, int(min(1024, _LOGIT_BYTES // (40 * self._vocab)) / self._shrunk))
+        return max(1, int(self._logit_rows / self._shrunk))
 
     def chunks(self, rows: Sequence[_T], sizes: Sequence[int]) -> Iterator[Sequence[_T]]:
         """Consecutive rows whose hidden states fit into memory together; each chunk is a pass over the weights."""

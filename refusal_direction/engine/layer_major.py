@@ -83,6 +83,7 @@ class LayerMajor:
             self._groups = [self._embed(members) for members in by_shape.values()]
             if self._prefix is not None:
                 self._groups.append(_Group([_LEAD], self.skeleton.prelude(self._prefix.lead())))
+        budget.reserve(sum(group.prelude.nbytes for group in self._groups))
         self._token_wise: nn.Module | None = None
         self._looked = False  # for what is token-wise in the last layer
         self._places = {
@@ -91,6 +92,11 @@ class LayerMajor:
             for place, prompt in enumerate(group.prompts)
         }
         """Each prompt's group, and its place there."""
+
+    @property
+    def shared(self) -> int:
+        """How many tokens all prompts begin with that are run apart."""
+        return 0 if self._prefix is None else self._prefix.ids.shape[1]
 
     def _length(self, prompt: int) -> int:
         return self.prompts[prompt]["input_ids"].shape[-1]
@@ -149,7 +155,7 @@ class LayerMajor:
         """
         tables = Tables.of(candidates, self._groups[0].prelude.hidden)
         testimony = None
-        for some in self.budget.chunks(rows, self._row_bytes(rows)):
+        for some in self.budget.chunks(rows, self.row_bytes(rows)):
             lanes = list(lay_out(some, self._places, candidates, tables))
             step = self._step(lanes, self._lead(some, lanes, candidates, tables), observe, tick)
             with self.skeleton.held:  # what was held to learn from has served when the first pass is through
@@ -162,7 +168,7 @@ class LayerMajor:
             self._finish(lanes, consume)
         return testimony
 
-    def _row_bytes(self, rows: Sequence[Row]) -> list[int]:
+    def row_bytes(self, rows: Sequence[Row]) -> list[int]:
         """What each row holds while it is under way; the first of an intervention also its lead, with keys and values."""
         sizes = {prompt: self._groups[group].prelude.hidden[0].nbytes for prompt, (group, _) in self._places.items()}
         lead = 3 * sizes.get(_LEAD, 0)
@@ -215,14 +221,14 @@ class LayerMajor:
         def step(index: int) -> None:
             if lead is not None and self._prefix is not None:
                 with must_fit():
-                    lead.enter(index, self._groups[lead.group].prelude.hidden)
+                    lead.enter(index, self._groups[lead.group].prelude.hidden, self.budget.rows(self.shared))
                 self._advance(lead, index, lambda done: None)
                 self._prefix.hand_over()
             for lane in lanes:
                 prelude = self._groups[lane.group].prelude
                 self._add_change(lane, index, prelude.calls[index].change)
                 with must_fit():
-                    lane.enter(index, prelude.hidden)
+                    lane.enter(index, prelude.hidden, self.budget.rows(prelude.hidden.shape[1]))
                 if observe is not None:
                     baseline = [row for row in lane.rows[: lane.n_baseline] if row is not None]
                     observe(index, baseline, lane.hidden[: len(baseline)])
@@ -231,10 +237,14 @@ class LayerMajor:
         return step
 
     def _add_change(self, lane: Lane, index: int, change: Tensor | None) -> None:
-        if change is not None:
-            under_way = slice(0, lane.entered(index - 1))
-            changed = lane.hidden[under_way] + change[lane.places[under_way]]
-            lane.hidden[under_way] = ablate(changed, lane.units(under_way)) if lane.any_ablated else changed
+        if change is None:
+            return
+
+        def through(rows: slice) -> None:
+            changed = lane.hidden[rows] + change[lane.places[rows]]
+            lane.hidden[rows] = ablate(changed, lane.units(rows)) if lane.any_ablated else changed
+
+        halving(through, lane.entered(index - 1), self.budget, lambda: self.budget.rows(lane.hidden.shape[1]))
 
     def _advance(self, lane: Lane, index: int, tick: Tick) -> None:
         layer, group = self.stream.layers[index], self._groups[lane.group]

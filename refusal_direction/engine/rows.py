@@ -101,21 +101,19 @@ class Lane:
         """Each row's u; zero where nothing is ablated."""
         return self.tables.units[self.ablated[rows]]
 
-    def enter(self, layer: int, embedded: Float[Tensor, "prompt token d_model"]) -> None:
+    def enter(self, layer: int, embedded: Float[Tensor, "prompt token d_model"], at_once: int) -> None:
         """Let the rows that start at `layer` enter: from the embedding at layer 0, above it from their baseline row.
 
-        An added direction is added at every position; ablated rows lose what their embedding has along u.
+        An added direction is added at every position; ablated rows lose what their embedding has along u. So many rows
+        are copied `at_once`.
         """
-        new = slice(self.entered(layer - 1), self.entered(layer))
-        if new.start == new.stop:
-            return
         if layer == 0:
             self.hidden = embedded.new_empty(len(self.rows), *embedded.shape[1:])
-            entering = embedded[self.places[new]]
-        else:
-            entering = self.hidden[self.parents[new]]
-        entering = entering + self.tables.added[self.added[new]].unsqueeze(1)
-        self.hidden[new] = ablate(entering, self.units(new)) if self.any_ablated else entering
+        for begin in range(self.entered(layer - 1), self.entered(layer), at_once):
+            new = slice(begin, min(begin + at_once, self.entered(layer)))
+            entering = embedded[self.places[new]] if layer == 0 else self.hidden[self.parents[new]]
+            entering += self.tables.added[self.added[new]].unsqueeze(1)
+            self.hidden[new] = ablate(entering, self.units(new)) if self.any_ablated else entering
 
 
 def lay_out(

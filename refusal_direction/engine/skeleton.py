@@ -73,6 +73,16 @@ class Prelude:
     hidden: Tensor
     calls: tuple[LayerCall, ...]
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of all its tensors; layers share many of them."""
+        held = {id(self.hidden): self.hidden.nbytes}
+        map_tensors(
+            lambda tensor: held.update({id(tensor): tensor.nbytes}),
+            [(call.args, call.kwargs, call.change) for call in self.calls],
+        )
+        return sum(held.values())
+
 
 class _Recorded(Exception):
     """Ends a prelude once the last layer's call is known: the final norm and the head are not needed."""

@@ -1,0 +1,79 @@
+"""What `inspect` estimates against the run that follows: the demos, and the 55M-parameter Gemma of scoring.py.
+
+    python benchmarks/estimate.py [--data_dir data] [--large]
+
+Each pair runs in a process of its own, so that its peak memory is its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from scoring import random_gemma, tokenizer_for
+
+from refusal_direction.config import DEMO_MODEL, VISION_CONFIG, Config, ModelSource, PromptSource
+from refusal_direction.errors import NoCandidateError
+from refusal_direction.inspection import inspect
+from refusal_direction.memory import peak_bytes
+from refusal_direction.pipeline import extract
+
+
+def large(folder: Path, options: argparse.Namespace) -> Config:
+    """The random Gemma of scoring.py as a folder; a random model refuses nothing, so the filter is skipped."""
+    random_gemma(options.layers).save_pretrained(folder)
+    tokenizer_for(options).save_pretrained(folder)
+    source = PromptSource(n_train=options.n_train, n_val=options.n_val, data_dir=options.data_dir)
+    return Config(model=ModelSource(str(folder), dtype="float32"), prompts=source, skip_filter=True)
+
+
+def _pair(name: str, options: argparse.Namespace, pipe: Any) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        demo = {"demo": Config(), "vision demo": VISION_CONFIG}
+        config = (
+            replace(demo[name], model=replace(demo[name].model, model_id=DEMO_MODEL))
+            if name in demo
+            else large(Path(folder), options)
+        )
+        cost = inspect(config).cost
+        begin = time.perf_counter()
+        try:
+            memory = extract(config.model.model_id, config).peak_memory
+        except NoCandidateError:  # of a random model, after all the work
+            memory = peak_bytes(torch.device("cpu"))
+        pipe.send((cost.seconds, time.perf_counter() - begin, cost.memory, memory))
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--large", action="store_true", help="the 55M-parameter Gemma too: some minutes")
+    arguments.add_argument("--data_dir", type=Path, default=Path("data"))
+    arguments.add_argument("--layers", type=int, default=12)
+    arguments.add_argument("--n_train", type=int, default=128)
+    arguments.add_argument("--n_val", type=int, default=32)
+    arguments.add_argument("--tokenizer", help="folder of a tokenizer with a chat template, for the large one")
+    options = arguments.parse_args()
+    print("model          estimated   took    ratio   memory estimated   peak    ratio")
+    for name in ("demo", "vision demo", *(["large"] if options.large else [])):
+        context = multiprocessing.get_context("spawn")
+        here, there = context.Pipe()
+        process = context.Process(target=_pair, args=(name, options, there))
+        process.start()
+        there.close()
+        estimated, took, memory, peak = here.recv()
+        process.join()
+        print(
+            f"{name:12s} {estimated:9.1f} s {took:7.1f} s {estimated / took:6.2f} {memory / 2**20:14.0f} MiB "
+            f"{peak / 2**20:7.0f} MiB {memory / peak:6.2f}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

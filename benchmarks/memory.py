@@ -1,0 +1,73 @@
+"""What --memory_budget holds: peak memory beside the model against the budget, each in a process of its own.
+
+    python benchmarks/memory.py [--budgets 512MiB 768MiB 1GiB] [--layers 4] [--n_val 128]
+
+A random Gemma as in scoring.py on many long prompts, so that every budget is too little for all rows at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from accelerate.utils.modeling import convert_file_size_to_int
+from scoring import random_gemma
+
+from refusal_direction.engine import Candidates, Engine
+from refusal_direction.engine.interventions import ResidualStream
+from refusal_direction.memory import peak_bytes
+from refusal_direction.models.refusal_tokens import RefusalTokens
+from refusal_direction.scoring import intervention_rows, kept_bytes, measure_baseline, score_candidates
+
+N_POSITIONS = 5
+
+
+def _run(budget: int | None, options: argparse.Namespace, pipe: Any) -> None:
+    model = random_gemma(options.layers)
+    stream = ResidualStream(model)
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(3, 8000, (1, options.tokens + i % 8), generator=generator) for i in range(2 * options.n_val)]
+    inputs = [{"input_ids": one, "attention_mask": torch.ones_like(one)} for one in ids]
+    harmful, harmless = list(range(options.n_val)), list(range(options.n_val, 2 * options.n_val))
+    kept = kept_bytes(stream, observed=len(inputs), n_positions=N_POSITIONS, kept=options.n_val)
+    before = psutil.Process().memory_info().rss
+    engine = Engine(stream, inputs, memory=budget, kept=kept, observed=N_POSITIONS)
+    tokens = RefusalTokens((7,), ("a",), "a benchmark")
+    baseline = measure_baseline(engine, tokens, N_POSITIONS, observed=range(len(inputs)), kept=harmless)
+    vectors = torch.randn(2 * options.layers, stream.skeleton.d_model, generator=generator)
+    candidates = Candidates(vectors, tuple(range(options.layers)) * 2)
+    rows = intervention_rows(candidates, harmful=harmful, harmless=harmless)
+    chunks = len(list(engine.budget.chunks(rows, engine.row_bytes(rows))))
+    score_candidates(engine, tokens, candidates, rows, baseline, {"harmful_val": harmful, "harmless_val": harmless})
+    pipe.send((peak_bytes(torch.device("cpu")) - before, chunks, sum(engine.row_bytes(rows))))
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--budgets", nargs="+", default=["512MiB", "768MiB", "1GiB"])
+    arguments.add_argument("--layers", type=int, default=4)
+    arguments.add_argument("--tokens", type=int, default=120)
+    arguments.add_argument("--n_val", type=int, default=128)
+    arguments.add_argument("--data_dir", type=Path, default=Path("data"))
+    options = arguments.parse_args()
+    print("budget        peak beside the model   of the budget   passes   hidden states of all rows")
+    for name in options.budgets:
+        budget = int(convert_file_size_to_int(name))
+        here, there = multiprocessing.get_context("spawn").Pipe()
+        process = multiprocessing.get_context("spawn").Process(target=_run, args=(budget, options, there))
+        process.start()
+        there.close()
+        peak, chunks, needed = here.recv()
+        process.join()
+        print(
+            f"{name:10s} {peak / 2**20:12.0f} MiB {peak / budget:18.0%} {chunks:14d} {needed / 2**20:14.0f} MiB",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

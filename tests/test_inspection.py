@@ -1,0 +1,116 @@
+"""What is said about a run before it is started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from refusal_direction import Extraction, cli, inspection
+from refusal_direction.config import Config, ModelSource, PromptSource
+from refusal_direction.engine import Candidates, Kind, Row
+from refusal_direction.inspection import Inspection, inspect, token_layers
+from tests.families import D_MODEL, FAMILIES, N_LAYERS, build
+from tests.problems import engine_of, make_problem
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:transformers.*")
+
+CONFIG = Config(model=ModelSource("demo"), prompts=PromptSource(n_train=24, n_val=12))
+
+
+@pytest.fixture(scope="module")
+def found() -> Inspection:
+    return inspect(CONFIG)
+
+
+def test_it_says_what_the_run_then_does(found: Inspection, extraction: Extraction) -> None:
+    assert found.n_candidates == len(extraction.means)
+    assert found.tokens == extraction.tokens
+    assert found.engine == extraction.engine
+    assert found.rows == {"baseline": 72, "interventions": 3 * 12 * found.n_candidates}
+    assert sum(count for _, count in found.writes) == found.n_layers
+
+
+def test_the_estimate_is_positive_and_finite(found: Inspection) -> None:
+    assert 0 < found.cost.seconds < 3600
+    assert found.cost.sweep_seconds.keys() == found.rows.keys()
+    weights = sum(weight.nbytes for weight in found.chat.model.parameters())
+    assert weights < found.cost.memory < 64 << 30
+
+
+def test_the_command_prints_it_and_writes_nothing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["inspect", "demo", "--n_train", "4", "--n_val", "4"]) == 0
+    shown = capsys.readouterr()
+    for part in ("residual stream", "written by", "refusal tokens", "'I'", "candidates", "rows", "time", "memory"):
+        assert part in shown.out
+    assert shown.err == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_model_may_be_named_by_its_flag_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", "--model_id", "demo", "--n_train", "4", "--n_val", "4"]) == 0
+    assert "candidates" in capsys.readouterr().out
+
+
+def test_the_vision_language_command_has_three_sweeps(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main_vlm(["inspect", "demo", "--n_train", "8", "--n_val", "8"]) == 0
+    shown = capsys.readouterr().out
+    assert "KL divergence" in shown
+    assert "ablation and steering" in shown
+    assert "the last 3 of the prompt" in shown
+
+
+def test_an_unknown_model_is_an_error(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for name in ("bad", "good"):
+        (tmp_path / f"{name}.txt").write_text("\n".join(f"Is {number} {name}?" for number in range(8)))
+    own = ["--harmful", str(tmp_path / "bad.txt"), "--harmless", str(tmp_path / "good.txt")]
+    assert cli.main(["inspect", str(tmp_path / "nothing"), *own, "--n_train", "4", "--n_val", "4"]) == 2
+    assert capsys.readouterr().err.startswith("Error: ")
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "falcon"])
+@pytest.mark.parametrize("kinds", [(Kind.BASELINE,), (Kind.ABLATION,), (Kind.STEERING,), tuple(Kind)])
+def test_token_layers_are_what_goes_through_the_layers(name: str, kinds: tuple[Kind, ...]) -> None:
+    engine = engine_of(build(FAMILIES[name]), make_problem())
+    engine.baseline(lambda *_: None, lambda *_: None)
+    given = Candidates(torch.randn(5, D_MODEL), tuple(index % N_LAYERS for index in range(5)))
+    rows = [
+        Row(prompt, kind, -1 if kind is Kind.BASELINE else candidate)
+        for kind in kinds
+        for prompt in range(len(engine.prompts))
+        for candidate in range(1 if kind is Kind.BASELINE else 5)
+    ]
+    seen: list[int] = []
+    stream = engine.stream
+
+    def count(layer: object, args: tuple[torch.Tensor, ...]) -> None:
+        n_rows, n_tokens = args[0].shape[:2]
+        if n_tokens > 1:  # the tail sends one token a row past the layers
+            seen.append(n_rows * n_tokens)
+
+    handles = [layer.register_forward_pre_hook(count) for layer in stream.layers]
+    engine._runner._looked = True  # type: ignore[union-attr]  # the trial on the last layer is not of the run
+    engine.intervene(rows, given, lambda *_: None)
+    for handle in handles:
+        handle.remove()
+    assert sum(seen) == token_layers(engine, rows, given) > 0
+
+
+def test_time_is_read_off_as_once_a_pass_and_each_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that runs 2 s a pass and 1 ms a token and layer is found out exactly."""
+
+    def timed(ready: object, rows: list[Row], candidates: Candidates) -> float:
+        return 2.0 + 1e-3 * token_layers(ready.engine, rows, candidates)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(inspection, "_timed", timed)
+    ready = inspection.prepare(CONFIG, seconds={})
+    sweeps = inspection._sweeps(ready, CONFIG)
+    cost = inspection._cost(ready, sweeps, load_seconds=7.0)
+    candidates = inspection._stand_ins(ready)
+    expected = {name: 2.0 + 1e-3 * token_layers(ready.engine, rows, candidates) for name, rows in sweeps.items()}
+    assert cost.sweep_seconds == pytest.approx(expected)
+    assert cost.seconds == pytest.approx(7.0 + sum(expected.values()))
