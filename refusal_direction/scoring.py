@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -13,6 +13,8 @@ from torch import Tensor
 from refusal_direction.directions import NULL_NORM
 from refusal_direction.engine import Candidates, Engine, Kind, Row
 from refusal_direction.metrics import kl_divergence, refusal_mass, refusal_score
+from refusal_direction.processes import everywhere, share, summed
+from refusal_direction.store import NOWHERE, Store
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -80,6 +82,7 @@ def measure_baseline(
     observed: Sequence[int],
     kept: Sequence[int],
     tick: Tick = lambda done: None,
+    store: Store = NOWHERE,
 ) -> Baseline:
     """Sweep 1: every prompt once.
 
@@ -90,31 +93,48 @@ def measure_baseline(
         observed: the prompts whose activations are wanted, in this order.
         kept: the prompts whose logits are wanted for the KL divergence.
         tick: receives progress.
+        store: where an earlier run may have left the result, and where it is left.
     """
-    count = len(engine.prompts)
-    refusal, mass = (torch.full((count,), float("nan"), dtype=torch.float64) for _ in range(2))
+    stored = store.load("baseline")
+    if everywhere(stored is not None) and stored is not None:
+        engine.adopt("hooked" if stored["hooked"] else "layer-major")
+        return _baseline(stored, kept)
+    count, skeleton = len(engine.prompts), engine.stream.skeleton
+    refusal, mass = (torch.zeros(count, dtype=torch.float64) for _ in range(2))
     place = {prompt: index for index, prompt in enumerate(observed)}
-    wanted = set(kept)
-    logits_of: dict[int, Tensor] = {}
-    activations = torch.empty(0)
+    logits_place = {prompt: index for index, prompt in enumerate(kept)}
+    activations = torch.zeros(
+        len(place), n_positions, len(engine.stream.layers), skeleton.d_model, dtype=skeleton.model.dtype
+    )
+    logits_kept = torch.zeros(len(logits_place), 0)
 
     def consume(rows: list[Row], logits: Tensor) -> None:
+        nonlocal logits_kept
         prompts = [row.prompt for row in rows]
         refusal[prompts] = refusal_score(logits, tokens.ids).cpu().double()
         mass[prompts] = refusal_mass(logits, tokens.ids).cpu().double()
-        logits_of.update({prompt: logits[i].clone() for i, prompt in enumerate(prompts) if prompt in wanted})
+        if not logits_kept.numel():
+            logits_kept = logits.new_zeros(len(logits_place), logits.shape[-1])
+        ours = [index for index, prompt in enumerate(prompts) if prompt in logits_place]
+        logits_kept[[logits_place[prompts[index]] for index in ours]] = logits[ours]
 
     def observe(layer: int, rows: list[Row], hidden: Tensor) -> None:
-        nonlocal activations
-        if activations.numel() == 0:
-            shape = (len(observed), n_positions, len(engine.stream.layers), hidden.shape[-1])
-            activations = torch.empty(shape, dtype=hidden.dtype)
         ours = [index for index, row in enumerate(rows) if row.prompt in place]
         where = [place[rows[index].prompt] for index in ours]
-        activations[where, :, layer] = hidden[ours, -n_positions:].cpu()
+        activations[where, :, layer] = hidden[ours, -n_positions:].to(activations)
 
-    engine.baseline(consume, observe, tick)
-    return Baseline(refusal, mass, activations, logits_of)
+    mine = share(range(count), [float(inputs["input_ids"].shape[-1]) for inputs in engine.prompts])
+    engine.baseline(consume, observe, tick, prompts=mine)
+    results = ("refusal", "mass", "activations", "logits")
+    part = dict(zip(results, summed(refusal, mass, activations, logits_kept), strict=True))
+    part["hooked"] = torch.tensor(engine.name == "hooked")
+    store.save("baseline", part)
+    return _baseline(part, kept)
+
+
+def _baseline(part: Mapping[str, Tensor], kept: Sequence[int]) -> Baseline:
+    logits = dict(zip(kept, part["logits"], strict=True))
+    return Baseline(part["refusal"], part["mass"], part["activations"], logits)
 
 
 class Measure(Enum):
@@ -170,6 +190,7 @@ def score_candidates(
     baseline: Baseline,
     kept: dict[str, list[int]],
     tick: Tick = lambda done: None,
+    store: Store = NOWHERE,
 ) -> Scores:
     """Sweep 2: run `rows` and read off the scores of each candidate.
 
@@ -181,25 +202,57 @@ def score_candidates(
         baseline: of the same prompts.
         kept: the validation prompts, "harmful_val" and "harmless_val".
         tick: receives progress.
+        store: where earlier runs may have left results, and where they are left.
     """
+    measured = _run_parts(engine, tokens, candidates, rows, baseline, tick, store)
     harmful = {prompt: index for index, prompt in enumerate(kept["harmful_val"])}
     harmless = {prompt: index for index, prompt in enumerate(kept["harmless_val"])}
     unmeasured = torch.where(null_candidates(candidates), 0.0, torch.nan).double().unsqueeze(1).cpu()
     ablation = unmeasured + baseline.refusal[list(harmful)]
     steering = unmeasured + baseline.refusal[list(harmless)]
     kl = unmeasured + torch.zeros(len(harmless), dtype=torch.float64)
-
-    def consume(rows: list[Row], logits: Tensor) -> None:
-        for row, score in zip(rows, refusal_score(logits, tokens.ids).tolist(), strict=True):
-            if row.kind is Kind.STEERING:
-                steering[row.candidate, harmless[row.prompt]] = score
-            elif row.prompt in harmful:
-                ablation[row.candidate, harmful[row.prompt]] = score
-        compared = [i for i, row in enumerate(rows) if row.kind is Kind.ABLATION and row.prompt in harmless]
-        if compared:
-            before = torch.stack([baseline.logits[rows[i].prompt] for i in compared]).to(logits.device)
-            for i, value in zip(compared, kl_divergence(before, logits[compared]).tolist(), strict=True):
-                kl[rows[i].candidate, harmless[rows[i].prompt]] = value
-
-    engine.intervene(rows, candidates, consume, tick)
+    for row, (refusal, divergence) in zip(rows, measured.tolist(), strict=True):
+        if row.kind is Kind.STEERING:
+            steering[row.candidate, harmless[row.prompt]] = refusal
+        elif row.prompt in harmful:
+            ablation[row.candidate, harmful[row.prompt]] = refusal
+        if row.kind is Kind.ABLATION and row.prompt in harmless:
+            kl[row.candidate, harmless[row.prompt]] = divergence
     return Scores(ablation, steering, kl)
+
+
+def _run_parts(
+    engine: Engine,
+    tokens: RefusalTokens,
+    candidates: Candidates,
+    rows: Sequence[Row],
+    baseline: Baseline,
+    tick: Tick,
+    store: Store,
+) -> Float[Tensor, "row 2"]:
+    """Each row's refusal score, and where its prompt's logits were kept its KL divergence: of this and all other processes.
+
+    Parts that an earlier run has finished are not run again.
+    """
+    place = {row: index for index, row in enumerate(rows)}
+    measured = torch.zeros(len(rows), 2, dtype=torch.float64)
+
+    def consume(some: list[Row], logits: Tensor) -> None:
+        places = [place[row] for row in some]
+        measured[places, 0] = refusal_score(logits, tokens.ids).cpu().double()
+        compared = [i for i, row in enumerate(some) if row.kind is Kind.ABLATION and row.prompt in baseline.logits]
+        if compared:
+            before = torch.stack([baseline.logits[some[i].prompt] for i in compared]).to(logits.device)
+            divergence = kl_divergence(before, logits[compared])
+            measured[[places[i] for i in compared], 1] = divergence.cpu().double()
+
+    for part in engine.parts(share(rows, engine.costs(rows, candidates))):
+        key = store.key(candidates.vectors, [(row.prompt, row.kind.value, row.candidate) for row in part])
+        places = [place[row] for row in part]
+        if (stored := store.load(key)) is None:
+            engine.intervene(part, candidates, consume, tick)
+            store.save(key, {"measured": measured[places]})
+        else:
+            measured[places] = stored["measured"]
+            tick(engine.work(part, candidates))
+    return summed(measured)[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from refusal_direction.errors import UnsupportedModelError
 __all__ = ["Candidates", "Engine", "Kind", "Row"]
 
 log = logging.getLogger(__name__)
+
+_HOOKED_TOGETHER = 1024
 
 
 class Engine:
@@ -78,15 +80,35 @@ class Engine:
         self.stream.skeleton.held.close()
         self._runner = Hooked(self.stream, self.prompts, self.budget)
 
-    def baseline(self, consume: Consume, observe: Observe, tick: Tick = lambda done: None) -> None:
-        """Run every prompt as it is.
+    def parts(self, rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+        """The rows as they go through together: each part is a pass over the weights of its own."""
+        if isinstance(self._runner, LayerMajor):
+            yield from self.budget.chunks(rows, self.row_bytes(rows))
+        else:
+            yield from (rows[begin : begin + _HOOKED_TOGETHER] for begin in range(0, len(rows), _HOOKED_TOGETHER))
+
+    def adopt(self, name: str) -> None:
+        """Go on as an engine of this name whose first pass has been watched in an earlier run."""
+        if name == "hooked" and self.name != name:
+            self._fall_back("An earlier part of this run was done so.")
+        self.stream.skeleton.held.close()
+
+    def baseline(
+        self,
+        consume: Consume,
+        observe: Observe,
+        tick: Tick = lambda done: None,
+        *,
+        prompts: Sequence[int] | None = None,
+    ) -> None:
+        """Run every prompt, or those of `prompts`, as it is.
 
         Args:
             consume: receives rows and their last-position logits (row, vocab).
             observe: receives a layer's index, rows and the stream at its input (row, token, d_model).
             tick: receives the number of (row, layer) pairs just done.
         """
-        rows = [Row(prompt) for prompt in range(len(self.prompts))]
+        rows = [Row(prompt) for prompt in (range(len(self.prompts)) if prompts is None else prompts)]
         tick = _at_most(len(rows) * len(self.stream.layers), tick)
         if isinstance(self._runner, LayerMajor):
             difference = self._watched_baseline(self._runner, rows, consume, observe, tick)
@@ -139,6 +161,16 @@ class Engine:
                 f"After ablation {self.leak:.1%} of the residual stream still lay along the direction: a write was missed, "
                 "so the scores would be wrong. Please report this model."
             )
+
+    def costs(self, rows: Sequence[Row], candidates: Candidates) -> list[float]:
+        """What each row costs, in tokens times layers."""
+        depth = len(self.stream.layers)
+        branches = self.name == "layer-major"
+        return [
+            float(self.prompts[row.prompt]["input_ids"].shape[-1])
+            * (depth - (candidates.layers[row.candidate] if branches and row.kind is Kind.STEERING else 0))
+            for row in rows
+        ]
 
     def work(self, rows: Sequence[Row], candidates: Candidates) -> int:
         """The number of (row, layer) pairs that `intervene` will report."""

@@ -1,0 +1,72 @@
+"""Several processes, one run: each takes a share of the rows, and all end up with every result.
+
+Started by `accelerate launch` or torchrun, which set the rank and the number of processes and end all of them when one
+dies. Only results cross between processes, as CPU tensors over gloo; each has the whole model on its own device, or a share
+of the devices.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["everywhere", "join", "local_rank", "rank", "share", "size", "summed"]
+
+_T = TypeVar("_T")
+
+
+def rank() -> int:
+    """Which of the processes this is, from 0; the first alone writes and prints."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """Which of the processes on this machine this is."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def size() -> int:
+    """How many processes there are."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def join() -> None:
+    """Meet the other processes. Nothing to do for one alone."""
+    import torch.distributed as distributed
+
+    if size() > 1 and not distributed.is_initialized():
+        distributed.init_process_group("gloo")
+
+
+def share(rows: Sequence[_T], costs: Sequence[float]) -> Sequence[_T]:
+    """This process's part of the rows: consecutive, and of about the same cost as the others'."""
+    if size() == 1:
+        return rows
+    ends = list(accumulate(costs))
+    total = ends[-1] if ends else 0.0
+    mine = [index for index, end in enumerate(ends) if int((end - costs[index] / 2) / total * size()) == rank()]
+    return [rows[index] for index in mine]
+
+
+def everywhere(here: bool) -> bool:
+    """Whether it is so in every process."""
+    import torch
+
+    return int(summed(torch.tensor(int(here)))[0]) == size()
+
+
+def summed(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The sums over all processes. Each has zeros for what the others ran, so nothing is rounded."""
+    if size() == 1:
+        return tensors
+    import torch.distributed as distributed
+
+    totals = tuple(tensor.detach().cpu().clone() for tensor in tensors)
+    for total in totals:
+        distributed.all_reduce(total)
+    return totals

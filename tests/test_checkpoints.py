@@ -1,0 +1,162 @@
+"""What is kept of a run that has not ended, and what is not taken for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from refusal_direction import ChatModel
+from refusal_direction.checkpoints import Checkpoints, fingerprint
+from refusal_direction.config import Config, ModelSource
+from refusal_direction.directions import mean_difference
+from refusal_direction.engine import Candidates, Engine
+from refusal_direction.models.refusal_tokens import RefusalTokens
+from refusal_direction.prompts.sets import Prompt
+from refusal_direction.scoring import Scores, intervention_rows, measure_baseline, score_candidates
+from tests.families import FAMILIES, build
+from tests.problems import N_POSITIONS, Problem, engine_of, make_problem
+
+PART = {"a": torch.arange(6.0).view(2, 3)}
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing may catch it."""
+
+
+def test_a_part_is_found_again_by_its_key(tmp_path: Path) -> None:
+    Checkpoints(tmp_path, "same", resume=False).save("one", PART)
+    again = Checkpoints(tmp_path, "same", resume=True)
+    found = again.load("one")
+    assert found is not None
+    assert torch.equal(found["a"], PART["a"])
+    assert again.load("two") is None
+
+
+def test_another_fingerprint_finds_nothing_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Checkpoints(tmp_path, "one", resume=False).save("part", PART)
+    assert Checkpoints(tmp_path, "other", resume=True).load("part") is None
+    assert "nothing to resume" in caplog.text
+    assert "another setting" in caplog.text
+
+
+def test_a_run_that_does_not_resume_forgets_the_earlier_one(tmp_path: Path) -> None:
+    Checkpoints(tmp_path, "same", resume=False).save("part", PART)
+    Checkpoints(tmp_path, "same", resume=False)
+    assert Checkpoints(tmp_path, "same", resume=True).load("part") is None
+
+
+def test_a_crash_while_writing_leaves_the_part_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = Checkpoints(tmp_path, "same", resume=False)
+    monkeypatch.setattr(Path, "replace", lambda self, target: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        kept.save("part", PART)
+    assert kept.load("part") is None
+
+
+def test_a_broken_file_is_computed_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    kept = Checkpoints(tmp_path, "same", resume=False)
+    kept.save("part", PART)
+    (path,) = tmp_path.rglob("part.safetensors")
+    path.write_bytes(path.read_bytes()[:20])
+    assert kept.load("part") is None
+    assert "computed again" in caplog.text
+
+
+def test_the_fingerprint_is_of_all_that_matters(chat: ChatModel) -> None:
+    tokens = RefusalTokens((7,), ("I",), "a test")
+    config = Config(model=ModelSource("demo"))
+    prompts = [chat.inputs(Prompt("", text)) for text in ("Name a colour.", "Is it 7?")]
+
+    def of(config: Config = config, prompts: list[dict[str, Tensor]] = prompts, tokens: RefusalTokens = tokens) -> str:
+        return fingerprint(config, chat, prompts, tokens)
+
+    assert of() == of()
+    others = [
+        of(config=replace(config, model=replace(config.model, dtype="bfloat16"))),
+        of(prompts=prompts[::-1]),
+        of(prompts=[chat.inputs(Prompt("", "Name a color.")), prompts[1]]),
+        of(tokens=replace(tokens, ids=(8,))),
+    ]
+    assert len({of(), *others}) == 5
+
+
+def test_thresholds_and_places_do_not_matter(chat: ChatModel, tmp_path: Path) -> None:
+    tokens, config = RefusalTokens((7,), ("I",), "a test"), Config(model=ModelSource("demo"))
+    elsewhere = replace(config, output_dir=tmp_path, thresholds=replace(config.thresholds, kl=5.0), batch_size=3)
+    assert fingerprint(config, chat, [], tokens) == fingerprint(elsewhere, chat, [], tokens)
+
+
+# A run that is cut off
+
+
+class Cut(Checkpoints):
+    """Dies when so many parts have been kept."""
+
+    left = 0
+
+    def save(self, key: str, part: Mapping[str, Tensor]) -> None:
+        if self.left == 0:
+            raise Killed
+        self.left -= 1
+        super().save(key, part)
+
+
+def both_sweeps(engine: Engine, problem: Problem, store: Checkpoints) -> Scores:
+    tokens, places = RefusalTokens((7, 11), ("a", "b"), "a test"), problem.indices()
+    observed = places["harmful_train"] + places["harmless_train"]
+    baseline = measure_baseline(
+        engine, tokens, N_POSITIONS, observed=observed, kept=places["harmless_val"], store=store
+    )
+    middle = len(places["harmful_train"])
+    means = mean_difference(baseline.activations[:middle], baseline.activations[middle:])
+    flat = Candidates(means.flatten(0, 1), tuple(range(means.shape[1])) * means.shape[0])
+    rows = intervention_rows(flat, harmful=places["harmful_val"], harmless=places["harmless_val"])
+    return score_candidates(engine, tokens, flat, rows, baseline, places, store=store)
+
+
+def small_parts(name: str = "llama") -> Engine:
+    engine = engine_of(build(FAMILIES[name]), make_problem())
+    engine.budget.hidden_bytes = 12_000
+    return engine
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2, 4])
+def test_resumed_scores_are_those_of_an_uninterrupted_run(tmp_path: Path, kept: int) -> None:
+    problem = make_problem()
+    expected = both_sweeps(small_parts(), problem, Checkpoints(tmp_path / "whole", "run", resume=False))
+    cut = Cut(tmp_path, "run", resume=False)
+    cut.left = kept
+    with pytest.raises(Killed):
+        both_sweeps(small_parts(), problem, cut)
+    found = both_sweeps(small_parts(), problem, Checkpoints(tmp_path, "run", resume=True))
+    for ours, theirs in (
+        (found.ablation, expected.ablation),
+        (found.steering, expected.steering),
+        (found.kl, expected.kl),
+    ):
+        assert torch.equal(ours.nan_to_num(9.0), theirs.nan_to_num(9.0))
+
+
+def test_finished_parts_are_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = make_problem()
+    both_sweeps(small_parts(), problem, Checkpoints(tmp_path, "run", resume=False))
+    monkeypatch.setattr(Engine, "baseline", lambda *_, **__: pytest.fail("sweep 1 was run again"))
+    monkeypatch.setattr(Engine, "intervene", lambda *_, **__: pytest.fail("sweep 2 was run again"))
+    both_sweeps(small_parts(), problem, Checkpoints(tmp_path, "run", resume=True))
+
+
+def test_a_run_that_fell_back_resumes_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, engine = make_problem(), small_parts()
+    engine._fall_back("A test.")
+    cut = Cut(tmp_path, "run", resume=False)
+    cut.left = 1
+    with pytest.raises(Killed):
+        both_sweeps(engine, problem, cut)
+    again = small_parts()
+    both_sweeps(again, problem, Checkpoints(tmp_path, "run", resume=True))
+    assert again.name == "hooked"
