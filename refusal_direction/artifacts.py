@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 
+from refusal_direction import processes
 from refusal_direction.config import TEXT, VISION, Rules
 from refusal_direction.engine.residency import execution_device
 from refusal_direction.errors import OutputError
@@ -200,7 +201,7 @@ def _run(extraction: Extraction) -> dict[str, Any]:
             "template_arguments": TEMPLATE_ARGUMENTS,
         },
         "warnings": extraction.warnings,
-        "engine": {"name": extraction.engine, "largest_leak": extraction.leak},
+        "engine": {"name": extraction.engine, "largest_leak": extraction.leak, "processes": processes.size()},
         "eoi_tokens": [{"id": token, "text": chat.text_of(token)} for token in chat.eoi_tokens],
         "refusal_tokens": asdict(extraction.tokens),
         "prompts": {

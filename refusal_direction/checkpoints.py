@@ -26,7 +26,7 @@ from refusal_direction.models.refusal_tokens import RefusalTokens
 from refusal_direction.processes import rank
 from refusal_direction.store import digest
 
-__all__ = ["Checkpoints", "fingerprint"]
+__all__ = ["Checkpoints", "fingerprint", "forget"]
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class Checkpoints:
             )
             log.warning("There is nothing to resume in %s; starting anew.%s", output_dir, different)
         if not resume and rank() == 0:
-            self.clear()
+            forget(output_dir)
 
     def key(self, *parts: Any) -> str:
         return digest(*parts)[:32]
@@ -92,6 +92,7 @@ class Checkpoints:
             os.fsync(file.fileno())
         half.replace(path)
 
-    def clear(self) -> None:
-        """Forget every part: the run has ended, or a new one begins."""
-        shutil.rmtree(self._all, ignore_errors=True)
+
+def forget(output_dir: Path) -> None:
+    """Remove what is kept in a folder of results: the run has ended, or another begins."""
+    shutil.rmtree(output_dir / _FOLDER, ignore_errors=True)

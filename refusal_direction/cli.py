@@ -16,6 +16,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from refusal_direction import processes
 from refusal_direction.config import TEXT, VISION, VISION_CONFIG, Config, ModelSource, PromptSource, Rules, Thresholds
 from refusal_direction.errors import ConfigurationError, RefusalDirectionError
 
@@ -100,6 +101,7 @@ def parser(defaults: Config = Config()) -> argparse.ArgumentParser:
         add(method, "top_k_candidates", type=int, default=VISION.top_k, metavar="K", help="score so many of lowest KL")
         add(method, "search", choices=("kl_first", "exhaustive"), default="kl_first", help="exhaustive: score them all")
     add(output, "output_dir", type=Path, default=defaults.output_dir, help="folder of the results")
+    add(output, "resume", action="store_true", help="go on with a run that was cut off, from what it had finished")
     add(output, "sanity", action="store_true", help="show a few baseline, ablated and steered completions at the end")
     return top
 
@@ -134,6 +136,7 @@ def config_from(arguments: argparse.Namespace, rules: Rules = TEXT) -> Config:
         refusal_tokens=tuple(arguments.refusal_tokens),
         calibrate_refusal=arguments.calibrate_refusal,
         sanity=arguments.sanity,
+        resume=arguments.resume,
     )
 
 
@@ -178,12 +181,20 @@ def _bar(description: str, total: int) -> Iterator[Callable[[int], object]]:
 
 
 def _run(config: Config) -> None:
-    from refusal_direction import artifacts, report
+    from refusal_direction import artifacts, checkpoints, report
     from refusal_direction.pipeline import extract
 
-    artifacts.check_writable(config.output_dir)
-    extraction: Extraction = extract(config.model.model_id, config, progress=_bar)
+    processes.join()
+    first = processes.rank() == 0
+    if first:
+        artifacts.check_writable(config.output_dir)
+    extraction: Extraction = extract(
+        config.model.model_id, config, progress=_bar if first else None, unfinished=config.output_dir
+    )
+    if not first:
+        return
     artifacts.write(extraction, config.output_dir)
+    checkpoints.forget(config.output_dir)
     print(report.results(extraction), report.files(config), sep="\n\n")
     if config.sanity:
         print("", report.completions(extraction), sep="\n")
@@ -200,6 +211,8 @@ def _quiet_libraries() -> None:
     """Only what concerns the user: our warnings, and no bars of the libraries where output is no terminal."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("Warning: %(message)s"))
+    if processes.rank() > 0:  # the first says it
+        handler.setLevel(logging.ERROR)
     logging.getLogger("refusal_direction").handlers = [handler]
     if not sys.stderr.isatty():
         from transformers.utils import logging as transformers_logging
@@ -239,7 +252,8 @@ def _main(argv: Sequence[str] | None, defaults: Config) -> int:
         return 2
     except KeyboardInterrupt:
         print(
-            "\nInterrupted. Results are written whole or not at all; those of earlier runs are untouched.",
+            "\nInterrupted. Results are written whole or not at all; those of earlier runs are untouched. What was finished is "
+            "kept: --resume goes on from there.",
             file=sys.stderr,
         )
         return 130

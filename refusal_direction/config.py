@@ -102,6 +102,8 @@ class Config:
     """Tokens, as text or ids, that begin a refusal; none: the table's for the model's family."""
     calibrate_refusal: bool = False
     """Find the refusal tokens from what the model itself says."""
+    resume: bool = False
+    """Go on from what an earlier run of the same kind had finished."""
     sanity: bool = False
     """Show completions under the baseline, ablation and steering at the end."""
 

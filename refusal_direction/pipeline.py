@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from refusal_direction import prompts as prompt_sources
+from refusal_direction.checkpoints import Checkpoints, fingerprint
 from refusal_direction.config import VISION_CONFIG, Config
 from refusal_direction.directions import mean_difference
 from refusal_direction.engine import Candidates, Engine
@@ -45,6 +47,7 @@ from refusal_direction.selection import (
     select_survivor,
     survivors,
 )
+from refusal_direction.store import NOWHERE, Store
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -114,7 +117,8 @@ def extract(
     config: Config | None = None,
     *,
     prompts: PromptSets | None = None,
-    progress: Progress = _silent,
+    progress: Progress | None = None,
+    unfinished: Path | None = None,
 ) -> Extraction:
     """Find the refusal direction of a chat model.
 
@@ -122,17 +126,20 @@ def extract(
         model: a Hub id, a folder or "demo"; or a loaded chat model.
         config: every other setting; None for the defaults.
         prompts: the prompts to use; None gathers those of the configuration.
-        progress: called once for each pass over the weights.
+        progress: called once for each pass over the weights; None shows nothing.
+        unfinished: a folder to keep finished parts in until the run has ended, for `Config.resume`; None keeps nothing.
 
     Raises RefusalDirectionError: see refusal_direction.errors for every case.
     """
     config, chat = _resolve(model, config)
     clock = _Clock()
     with recorded_warnings() as warnings:
-        ready = prepare(config, chat=chat, prompts=prompts, seconds=clock.seconds, progress=progress is not _silent)
+        ready = prepare(config, chat=chat, prompts=prompts, seconds=clock.seconds, progress=progress is not None)
+        progress = progress or _silent
         chat, prompts, tokens, engine = ready.chat, ready.prompts, ready.tokens, ready.engine
+        store = NOWHERE if unfinished is None else _checkpoints(unfinished, config, ready)
         with clock("baseline"):
-            baseline = _baseline(engine, chat, tokens, prompts, progress)
+            baseline = _baseline(ready, progress, store)
             _check_finite(baseline, chat)
             kept = keep_fitting(baseline.refusal, prompts.indices(), skip=config.skip_filter, rules=config.rules)
         candidates = _candidates(baseline, kept)
@@ -289,19 +296,23 @@ def _tokens(config: Config, chat: ChatModel, prompts: PromptSets) -> RefusalToke
     return refusal_tokens.chosen(chat, config.refusal_tokens, config.rules)
 
 
-def _baseline(
-    engine: Engine, chat: ChatModel, tokens: RefusalTokens, prompts: PromptSets, progress: Progress
-) -> Baseline:
-    indices = prompts.indices()
-    total = len(prompts.everything) * len(engine.stream.layers)
+def _checkpoints(folder: Path, config: Config, ready: Prepared) -> Checkpoints:
+    same = fingerprint(config, ready.chat, ready.engine.prompts, ready.tokens)
+    return Checkpoints(folder, same, resume=config.resume)
+
+
+def _baseline(ready: Prepared, progress: Progress, store: Store) -> Baseline:
+    indices, engine = ready.prompts.indices(), ready.engine
+    total = len(ready.prompts.everything) * len(engine.stream.layers)
     with progress("Sweep 1: baseline", total) as tick:
         return measure_baseline(
             engine,
-            tokens,
-            chat.n_positions,
+            ready.tokens,
+            ready.chat.n_positions,
             observed=indices["harmful_train"] + indices["harmless_train"],
             kept=indices["harmless_val"],
             tick=tick,
+            store=store,
         )
 
 

@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from refusal_direction import demo
+from refusal_direction import demo, processes
 from refusal_direction.config import DEMO_MODEL, Config, ModelSource
 from refusal_direction.engine.budget import free_bytes
 from refusal_direction.errors import ConfigurationError, ModelAccessError
@@ -98,7 +98,7 @@ def _load(source: ModelSource, demo_dir: Path, model_class: Any, tokenizer_class
 def _device(asked: str) -> torch.device:
     if asked == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda", 0)
+            return _device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(asked)
@@ -109,6 +109,8 @@ def _device(asked: str) -> torch.device:
         raise ConfigurationError(
             f"--device {asked}: this machine (or this build of torch) has none. Use --device auto."
         )
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", processes.local_rank() % torch.cuda.device_count())
     return device
 
 
@@ -146,7 +148,8 @@ def _placement(asked: str, device: torch.device, weights: int) -> dict[str, obje
     limits: dict[int | str, int] = {"cpu": int(_SHARE_FOR_WEIGHTS * psutil.virtual_memory().available)}
     if device.type == "mps":
         limits["mps"] = limits.pop("cpu")
-    for index in range(torch.cuda.device_count()):
+    alone = processes.size() == 1  # otherwise the other devices are the other processes'
+    for index in range(torch.cuda.device_count()) if alone else [device.index]:
         limits[index] = int(_SHARE_FOR_WEIGHTS * free_bytes(torch.device("cuda", index)))
     return {"device_map": "auto", "max_memory": limits}
 

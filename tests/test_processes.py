@@ -1,0 +1,110 @@
+"""Several processes give the artifacts of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from refusal_direction import processes
+from refusal_direction.artifacts import file_names
+from refusal_direction.config import TEXT
+
+ROOT = Path(__file__).parent.parent
+FEW = ["--model_id", "demo", "--n_train", "24", "--n_val", "12"]
+
+
+def launched(count: int, output: Path, *arguments: str) -> subprocess.Popen[str]:
+    """A run by so many processes, each with one thread."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu"]  # its name for several processes, GPU or not
+    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launcher += ["--num_processes", str(count), "--main_process_port", str(port)]
+    script = [str(ROOT / "extract_refusal_direction.py"), *FEW, "--output_dir", str(output), *arguments]
+    command = [sys.executable, *(launcher if count > 1 else []), *script]
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=output.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+    )
+
+
+def test_two_processes_write_the_artifacts_of_one(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    for count, output in ((1, one), (2, two)):
+        run = launched(count, output)  # accelerate's own name for several processes, GPU or not, is --multi_gpu
+        out, err = run.communicate(timeout=120)
+        assert run.returncode == 0, err
+        assert out.count("| Metric") == 1  # the first process alone prints
+    assert {path.name for path in two.iterdir()} == set(file_names(TEXT))
+    assert [json.loads((folder / "run.json").read_text())["engine"]["processes"] for folder in (one, two)] == [1, 2]
+    scores = [load_file(folder / "per_prompt_scores.safetensors") for folder in (one, two)]
+    assert scores[0].keys() == scores[1].keys()
+    for name, expected in scores[0].items():
+        assert torch.allclose(scores[1][name], expected, atol=1e-5, equal_nan=True), name
+    chosen = [json.loads((folder / "direction_metadata.json").read_text()) for folder in (one, two)]
+    assert [chosen[0][key] for key in ("position", "layer")] == [chosen[1][key] for key in ("position", "layer")]
+
+
+def test_a_process_that_dies_ends_the_run_and_leaves_nothing(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    run = launched(2, output, "--n_val", "60", "--n_train", "120")
+    victim = _child(run.pid)
+    os.kill(victim, signal.SIGKILL)
+    begin = time.monotonic()
+    run.communicate(timeout=60)
+    assert run.returncode != 0
+    assert time.monotonic() - begin < 60
+    assert not output.exists() or not {path.name for path in output.iterdir()} & set(file_names(TEXT))
+
+
+def _child(parent: int) -> int:
+    """The second of the processes, once it computes."""
+    import psutil
+
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for process in psutil.Process(parent).children(recursive=True):
+            try:
+                if process.environ().get("RANK") == "1" and process.cpu_times().user > 2:
+                    return int(process.pid)
+            except psutil.Error:
+                continue
+        time.sleep(0.1)
+    raise AssertionError("the second process did not start")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_shares_are_all_rows_once_in_order_and_of_about_equal_cost(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, costs = list(range(100)), [1.0 + index % 7 for index in range(100)]
+    monkeypatch.setenv("WORLD_SIZE", str(size))
+    shares = []
+    for rank in range(size):
+        monkeypatch.setenv("RANK", str(rank))
+        shares.append(processes.share(rows, costs))
+    assert [row for share in shares for row in share] == rows
+    each = [sum(costs[row] for row in share) for share in shares]
+    assert max(each) - min(each) <= 2 * max(costs)
+
+
+def test_one_process_alone_meets_nobody() -> None:
+    processes.join()
+    tensor = torch.ones(3)
+    assert processes.summed(tensor)[0] is tensor
+    assert processes.everywhere(True)
+    assert not processes.everywhere(False)
