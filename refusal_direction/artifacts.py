@@ -29,7 +29,6 @@ from refusal_direction import processes
 from refusal_direction.config import TEXT, VISION, Rules
 from refusal_direction.engine.residency import execution_device
 from refusal_direction.errors import OutputError
-from refusal_direction.models.chat import TEMPLATE_ARGUMENTS
 from refusal_direction.pipeline import Direction
 
 if TYPE_CHECKING:
@@ -166,6 +165,7 @@ def _metadata(extraction: Extraction) -> dict[str, Any]:
         "position_index": extraction.selection.score.position + n_positions,
         "model_id": extraction.chat.model_id,
         "revision": extraction.chat.revision,
+        "adapter": extraction.chat.adapter,
         "n_positions": n_positions,
         "n_layers": n_layers,
         "d_model": d_model,
@@ -198,12 +198,17 @@ def _run(extraction: Extraction) -> dict[str, Any]:
             "class": type(chat.model).__name__,
             "dtype": str(chat.model.dtype).removeprefix("torch."),
             "device": str(execution_device(chat.model)),
-            "template_arguments": TEMPLATE_ARGUMENTS,
+            "adapter": chat.adapter,
+            "quantization": _quantization(chat.model.config),
         },
+        "template": chat.template_settings,
         "warnings": extraction.warnings,
         "engine": {"name": extraction.engine, "largest_leak": extraction.leak, "processes": processes.size()},
         "eoi_tokens": [{"id": token, "text": chat.text_of(token)} for token in chat.eoi_tokens],
-        "refusal_tokens": asdict(extraction.tokens),
+        "refusal_tokens": {
+            **asdict(extraction.tokens),
+            "mass_quartiles": {kind: asdict(mass) for kind, mass in extraction.mass.items()},
+        },
         "prompts": {
             name: {
                 "drawn": len(members),
@@ -221,6 +226,12 @@ def _run(extraction: Extraction) -> dict[str, Any]:
     }
 
 
+def _quantization(config: Any) -> dict[str, Any] | None:
+    """How the weights are quantised, by a checkpoint or while they were loaded."""
+    found = getattr(config, "quantization_config", None)
+    return found if found is None or isinstance(found, dict) else found.to_dict()
+
+
 def _mean(values: torch.Tensor, members: list[int]) -> float:
     return float(values[members].mean())
 
@@ -231,10 +242,10 @@ def _digest(texts: Iterable[str]) -> str:
 
 def _versions() -> dict[str, str | None]:
     found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in ("refusal-direction", "torch", "transformers", "accelerate"):
+    for name in ("refusal-direction", "torch", "transformers", "accelerate", "peft", "bitsandbytes"):
         try:
             found[name] = version(name)
-        except PackageNotFoundError:  # run from a checkout
+        except PackageNotFoundError:  # run from a checkout, or not installed
             found[name] = None
     return found
 

@@ -61,7 +61,14 @@ def parser(defaults: Config = Config()) -> argparse.ArgumentParser:
     add(model, "model_id", default=defaults.model.model_id, metavar="ID", help="Hub id, local folder, or demo")
     add(model, "dtype", default=defaults.model.dtype, help="bfloat16, float16, float32 or auto")
     add(model, "device", default=defaults.model.device, help="cuda, mps, cpu or auto (what does not fit is offloaded)")
+    add(model, "quantization", metavar="BITS", help="4bit or 8bit, as weights are loaded (bitsandbytes)")
+    add(model, "revision", metavar="NAME", help="branch, tag or commit of a Hub id")
+    add(model, "adapter", metavar="ID", help="PEFT adapter on the model: Hub id or folder")
+    add(model, "trust_remote_code", action="store_true", help="run Python code that comes with the model")
+    add(model, "allow_pickle", action="store_true", help="take weights that are not in safetensors format")
     add(model, "chat_template", metavar="FILE", help="Jinja chat template, for models without one")
+    add(model, "system_prompt", metavar="TEXT", help="system message, where the template takes one")
+    add(model, "thinking", action="store_true", help="let a reasoning model think before it answers")
     by_memory = "" if vision else " (default: by memory)"
     add(
         model,
@@ -214,6 +221,7 @@ def _quiet_libraries() -> None:
     if processes.rank() > 0:  # the first says it
         handler.setLevel(logging.ERROR)
     logging.getLogger("refusal_direction").handlers = [handler]
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it speaks at every call of every layer
     if not sys.stderr.isatty():
         from transformers.utils import logging as transformers_logging
 

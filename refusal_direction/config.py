@@ -27,12 +27,26 @@ class ModelSource:
 
     model_id: str = "google/gemma-7b-it"
     """A Hub id, a folder, or "demo"."""
+    revision: str | None = None
+    """A branch, tag or commit of the Hub's; None is the main branch."""
+    adapter: str | None = None
+    """A PEFT adapter on top of it: a Hub id or a folder."""
+    quantization: str | None = None
+    """4bit or 8bit quantises the weights as they are loaded (bitsandbytes)."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+    allow_pickle: bool = False
+    """Take weights that are not in safetensors format."""
     dtype: str = "auto"
     """bfloat16, float16, float32, or auto: bfloat16 where the device does it well."""
     device: str = "auto"
     """cuda, mps, cpu, or auto: the best there is, with what does not fit offloaded to CPU memory and disk."""
     chat_template: str | None = None
     """A Jinja chat template, or a file that holds one; None uses the tokenizer's own."""
+    system_prompt: str | None = None
+    """What the system message says; None leaves it to the template."""
+    thinking: bool = False
+    """Let a reasoning model think before it answers."""
 
 
 @dataclass(frozen=True)

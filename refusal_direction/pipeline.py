@@ -25,7 +25,7 @@ from refusal_direction.memory import peak_bytes
 from refusal_direction.models import refusal_tokens
 from refusal_direction.models.chat import ChatModel
 from refusal_direction.models.loading import load
-from refusal_direction.models.refusal_tokens import RefusalTokens
+from refusal_direction.models.refusal_tokens import Mass, RefusalTokens
 from refusal_direction.models.vision import VisionChatModel
 from refusal_direction.prompts.sets import PromptSets
 from refusal_direction.scoring import (
@@ -84,6 +84,8 @@ class Extraction:
     kept: dict[str, list[int]] = field(repr=False)
     """For each set, the prompts that the filter left, as places in `prompts.everything`."""
     tokens: RefusalTokens
+    mass: dict[str, Mass]
+    """What probability the tokens hold on "harmful" and on "harmless" prompts."""
     baseline: Baseline = field(repr=False)
     candidates: Float[Tensor, "position layer d_model"] = field(repr=False)
     scores: Scores = field(repr=False)
@@ -141,6 +143,7 @@ def extract(
         with clock("baseline"):
             baseline = _baseline(ready, progress, store)
             _check_finite(baseline, chat)
+            mass = _mass(baseline, prompts, tokens)
             kept = keep_fitting(baseline.refusal, prompts.indices(), skip=config.skip_filter, rules=config.rules)
         candidates = _candidates(baseline, kept)
         with clock("interventions"):
@@ -151,6 +154,7 @@ def extract(
         prompts=prompts,
         kept=kept,
         tokens=tokens,
+        mass=mass,
         baseline=replace(baseline, activations=torch.empty(0), logits={}),
         candidates=candidates,
         scores=scores,
@@ -314,6 +318,18 @@ def _baseline(ready: Prepared, progress: Progress, store: Store) -> Baseline:
             tick=tick,
             store=store,
         )
+
+
+def _mass(baseline: Baseline, prompts: PromptSets, tokens: RefusalTokens) -> dict[str, Mass]:
+    """What probability the refusal tokens hold on each kind of prompts; warns where it says that they are the wrong ones."""
+    places = prompts.indices()
+    kinds = {
+        kind: Mass.of(baseline.mass[places[f"{kind}_train"] + places[f"{kind}_val"]])
+        for kind in ("harmful", "harmless")
+    }
+    if doubted := refusal_tokens.doubt(tokens, **kinds):
+        log.warning("%s", doubted)
+    return kinds
 
 
 def _candidates(baseline: Baseline, kept: dict[str, list[int]]) -> Float[Tensor, "position layer d_model"]:

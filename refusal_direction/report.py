@@ -56,7 +56,16 @@ def results(extraction: Extraction) -> str:
     title = (
         f"Refusal direction of {extraction.chat.model_id}: position {chosen.score.position}, layer {chosen.score.layer}"
     )
-    return "\n".join([f"{title} (of {n_layers} layers)", "", *lines])
+    return "\n".join([f"{title} (of {n_layers} layers)", "", *lines, "", _refusal_tokens(extraction)])
+
+
+def _refusal_tokens(extraction: Extraction) -> str:
+    tokens, mass = extraction.tokens, extraction.mass
+    named = ", ".join(f"{text!r} ({token})" for text, token in zip(tokens.texts, tokens.ids, strict=True))
+    return (
+        f"Refusal tokens: {named}, {tokens.source}. They hold {mass['harmful'].median:.1%} of the probability on harmful\n"
+        f"prompts and {mass['harmless'].median:.1%} on harmless ones (medians)."
+    )
 
 
 def files(config: Config) -> str:

@@ -10,11 +10,11 @@ from transformers import PreTrainedModel
 
 from refusal_direction.directions import mean_difference
 from refusal_direction.engine import Candidates, Engine
-from refusal_direction.engine.interventions import ResidualStream
+from refusal_direction.engine.interventions import ResidualStream, ablated
 from refusal_direction.models.refusal_tokens import RefusalTokens
 from refusal_direction.scoring import Baseline, Scores, intervention_rows, measure_baseline, score_candidates
 from tests.families import VOCAB, Family, layers_of
-from tests.oracles import reference
+from tests.oracles import reference, stream
 
 N_POSITIONS = 3
 REFUSAL_TOKENS = (7, 11)
@@ -139,3 +139,12 @@ def differences(answer: Answer, expected: reference.Report, problem: Problem) ->
         ),
     }
     return {name: float((ours - theirs).abs().max()) for name, (ours, theirs) in pairs.items()}
+
+
+def leak_of(model: PreTrainedModel, r: Tensor) -> float:
+    """The largest share of the stream along r at any addition to it, while r is ablated."""
+    layers = model.get_decoder().layers
+    with torch.no_grad(), ablated(model, r), stream.followed(layers, r) as leaks:
+        model(**as_inputs([5, 6, 7, 8, 9]), use_cache=False)
+    assert len(leaks.additions) >= 2 * len(layers)
+    return leaks.worst

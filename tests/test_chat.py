@@ -3,18 +3,21 @@
 from dataclasses import replace
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from refusal_direction import ChatModel
+from refusal_direction.config import VISION
 from refusal_direction.errors import ChatTemplateError, RefusalTokenError, TokenizerError
 from refusal_direction.models import refusal_tokens
+from refusal_direction.models.refusal_tokens import Mass, RefusalTokens
 from refusal_direction.prompts import Prompt
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-DATED = "{{ strftime_now('%d %b') }} {{ date_string }} " + CHATML
-THINKING = CHATML + "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
 
 
 def with_template(chat: ChatModel, template: str | None) -> ChatModel:
@@ -39,14 +42,6 @@ def test_the_beginning_of_sequence_token_is_not_doubled(chat: ChatModel):
 def test_another_template_has_other_end_of_instruction_tokens(chat: ChatModel):
     tokens = with_template(chat, CHATML).eoi_tokens
     assert chat.tokenizer.decode(tokens).endswith("|im_end|>\n<|im_start|>assistant\n")
-
-
-def test_dates_are_pinned(chat: ChatModel):
-    assert with_template(chat, DATED).render("Hello").startswith("26 Jul 2024 26 Jul 2024 ")
-
-
-def test_thinking_is_off(chat: ChatModel):
-    assert with_template(chat, THINKING).render("Hello").endswith("<think>\n\n</think>\n\n")
 
 
 @pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{% broken", "{{ messages[0]['content'] }}"])
@@ -88,11 +83,92 @@ def test_tokens_can_be_given_as_text_or_id(chat: ChatModel):
     assert refusal_tokens.chosen(chat, ("I",)).ids == refusal_tokens.chosen(chat, (str(number),)).ids == (number,)
 
 
-def test_other_families_take_the_first_tokens_of_refusal_phrases(chat: ChatModel, monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture
+def unpublished(chat: ChatModel, monkeypatch: pytest.MonkeyPatch) -> ChatModel:
+    """A model of a family without published tokens."""
     monkeypatch.setattr(refusal_tokens, "FAMILY_TOKENS", {})
-    tokens = refusal_tokens.chosen(chat, ())
+    return chat
+
+
+def test_only_the_families_of_the_paper_have_published_tokens():
+    assert set(refusal_tokens.FAMILY_TOKENS) == {"gemma", "llama", "qwen", "qwen2"}
+
+
+def test_other_families_take_the_first_tokens_of_refusal_phrases(unpublished: ChatModel):
+    tokens = refusal_tokens.chosen(unpublished, ())
     assert "I" in tokens.texts
     assert all(any(phrase.startswith(text) for phrase in refusal_tokens.REFUSAL_PHRASES) for text in tokens.texts)
+
+
+def first_tokens(monkeypatch: pytest.MonkeyPatch, chat: ChatModel, *texts: str) -> None:
+    """Let refusal phrases begin with these tokens, one each."""
+    ids = iter([chat.tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in texts])
+    monkeypatch.setattr(ChatModel, "reply_tokens", lambda self, reply: [next(ids)])
+
+
+def test_a_fragment_of_a_word_is_left_out(unpublished: ChatModel, monkeypatch: pytest.MonkeyPatch):
+    """The S of Sorry begins Sure as well."""
+    first_tokens(monkeypatch, unpublished, "I", "I", "S", "A", " ")
+    tokens = refusal_tokens.chosen(unpublished, ())
+    assert tokens.texts == ("I",)
+    assert "whole words (left out: 'S' of 'Sorry', 'A' of 'As an AI', '' of 'Unfortunately')" in tokens.source
+
+
+def test_where_there_are_only_fragments_they_are_taken_with_a_warning(
+    unpublished: ChatModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    first_tokens(monkeypatch, unpublished, "c", "c", "S", "A", "U")
+    monkeypatch.setattr(refusal_tokens, "REFUSAL_PHRASES", ("can", "can", "Sorry", "As an AI", "Unfortunately"))
+    assert refusal_tokens.chosen(unpublished, ()).texts == ("c", "S", "A", "U")
+    assert "'S' of 'Sorry'" in caplog.text
+    assert "--calibrate_refusal" in caplog.text
+
+
+def test_models_with_images_keep_the_specified_phrases_fragments_or_not(
+    unpublished: ChatModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    first_tokens(monkeypatch, unpublished, "I", "I", "S", "N", "I", "I", "A", "I")
+    assert refusal_tokens.chosen(unpublished, (), VISION).texts == ("I", "S", "N", "A")
+    assert "'S' of 'Sorry', 'N' of 'No,', 'A' of 'As an AI'" in caplog.text
+
+
+I_TOKEN = RefusalTokens((40,), ("I",), "a test")
+REFUSED, ANSWERED = torch.full((8,), 0.99), torch.full((8,), 0.01)
+
+
+def doubted(harmful: torch.Tensor, harmless: torch.Tensor) -> str | None:
+    return refusal_tokens.doubt(I_TOKEN, Mass.of(harmful), Mass.of(harmless))
+
+
+def test_tokens_that_hold_harmful_prompts_and_no_harmless_ones_are_not_doubted():
+    assert doubted(REFUSED, ANSWERED) is None
+
+
+def test_a_model_that_refuses_a_third_of_the_harmful_prompts_is_not_doubted():
+    assert doubted(torch.tensor([0.9] * 3 + [0.01] * 6), ANSWERED) is None
+
+
+@pytest.mark.parametrize(
+    ("harmful", "harmless", "said"),
+    [
+        (ANSWERED, ANSWERED, "hardly a harmful prompt counts as refused"),
+        (torch.full((8,), 0.4), ANSWERED, "hardly a harmful prompt counts as refused"),  # the rest says it otherwise
+        (REFUSED, REFUSED, "many harmless prompts count as refused"),
+        (REFUSED, torch.tensor([0.9] * 3 + [0.01] * 5), "many harmless prompts count as refused"),
+        (ANSWERED, REFUSED, "hardly a harmful prompt counts as refused"),
+    ],
+)
+def test_tokens_that_do_not_tell_the_kinds_apart_are_doubted(harmful: torch.Tensor, harmless: torch.Tensor, said: str):
+    message = doubted(harmful, harmless)
+    assert message is not None
+    assert said in message
+    assert "The refusal tokens 'I' hold" in message
+    assert "--calibrate_refusal" in message
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=40))
+def test_tokens_as_likely_on_harmless_prompts_as_on_harmful_ones_are_always_doubted(mass: list[float]):
+    assert doubted(torch.tensor(mass), torch.tensor(mass)) is not None
 
 
 @pytest.mark.parametrize(
@@ -119,7 +195,9 @@ def test_calibration_on_prompts_that_are_answered_is_an_error(chat: ChatModel, h
         refusal_tokens.calibrated(chat, [Prompt("", text) for text in answered])
 
 
-@pytest.mark.parametrize("text", ["I cannot help with that.", " I\u2019m sorry, but", '"Sorry, no."', "As an AI, I"])
+@pytest.mark.parametrize(
+    "text", ["I cannot help with that.", " I\u2019m sorry, but", '"Sorry, no."', "As an AI, I", "As an assistant, I"]
+)
 def test_refusals_are_recognised(text: str):
     assert refusal_tokens.is_refusal(text)
 

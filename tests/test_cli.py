@@ -50,6 +50,7 @@ def test_a_run_writes_its_files_and_prints_the_table(capsys: pytest.CaptureFixtu
         "Ablation refusal score",
         "Steering refusal score",
         "KL divergence",
+        "Refusal tokens: 'I' (46), published for the gemma family. They hold 9",
         "baseline:",
         "ablated:",
     ):
@@ -76,6 +77,34 @@ def test_own_prompts_in_any_format(tmp_path: Path):
     assert run_json["prompts"]["harmful_train"]["ids"][0].startswith("bad/")
 
 
+def test_what_prompts_are_rendered_with_is_recorded(tmp_path: Path):
+    anything = ("--kl_threshold", "100", "--induce_threshold", "-100")
+    assert run("--system_prompt", "Be brief.", *anything, output=tmp_path) == 0
+    recorded = json.loads((tmp_path / "run.json").read_text())
+    assert recorded["template"] == {
+        "date": None,
+        "thinking": False,
+        "thinking_switches": [],
+        "thinking_closed_with": "",
+        "system_prompt": "Be brief.",
+    }
+    assert recorded["model"]["quantization"] is None
+
+
+def test_refusal_tokens_are_recorded_with_the_probability_that_they_hold(tmp_path: Path):
+    assert run(output=tmp_path) == 0
+    recorded = json.loads((tmp_path / "run.json").read_text())["refusal_tokens"]
+    assert (recorded["ids"], recorded["source"]) == ([46], "published for the gemma family")
+    assert recorded["mass_quartiles"]["harmful"]["lower"] > 0.9 > 0.1 > recorded["mass_quartiles"]["harmless"]["upper"]
+
+
+def test_wrong_refusal_tokens_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert run("--refusal_tokens", "a", output=tmp_path) == 2
+    shown = capsys.readouterr().err
+    assert "Warning: The refusal tokens 'a' hold 0.0% of the probability on harmful prompts" in shown
+    assert "--calibrate_refusal finds" in shown
+
+
 def test_calibration_is_recorded(tmp_path: Path):
     assert run("--calibrate_refusal", output=tmp_path) == 0
     assert "calibrated on" in json.loads((tmp_path / "run.json").read_text())["refusal_tokens"]["source"]
@@ -94,6 +123,8 @@ def test_calibration_is_recorded(tmp_path: Path):
         (["--kl_threshold", "-1"], "None of"),
         (["--chat_template", "{{ messages }"], "chat template"),
         (["--dtype", "int3"], "--dtype int3 is not known"),
+        (["--revision", "main"], "only models on the Hub have revisions"),
+        (["--system_prompt", "Hi", "--chat_template", "{{ bos_token }}x"], "drops the system message"),
     ],
 )
 def test_an_error_is_one_message_without_traceback_and_exit_code_2(
@@ -102,7 +133,8 @@ def test_an_error_is_one_message_without_traceback_and_exit_code_2(
     assert run(*arguments, output=tmp_path / "out") == 2
     shown = capsys.readouterr()
     assert said in shown.err
-    assert shown.err.startswith("Error: ")
+    errors = [line for line in shown.err.splitlines() if not line.startswith("Warning: ")]
+    assert errors[0].startswith("Error: ")
     assert "Traceback" not in shown.err
     assert shown.out == ""
     assert list((tmp_path / "out").iterdir() if (tmp_path / "out").exists() else ()) == []

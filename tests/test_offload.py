@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from accelerate.utils.offload import OffloadedWeightsLoader
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from refusal_direction.engine import residency
 from refusal_direction.engine.interventions import ablated
 from refusal_direction.engine.residency import is_offloaded, resident
 from tests.families import FAMILIES, build, layers_of
@@ -142,6 +144,39 @@ def test_resident_loads_once_for_any_number_of_calls_and_nests(tmp_path: Path, r
     assert {count for tensor, count in own.items() if ".layers.0." in tensor} == {1}
     assert {count for tensor, count in own.items() if ".layers.0." not in tensor} == {3}
     assert all(weight.device.type == "meta" for weight in layers[0].parameters())
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".dat"])
+def test_while_a_layer_is_at_work_the_next_ones_tensors_are_read_and_nothing_else(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is offloaded as it is in the checkpoint stays there; other tensors get files of their own."""
+    plain = build(FAMILIES["llama"])
+    places = {"model.layers": "disk", "model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    in_files = (
+        on_disk(plain, tmp_path) if suffix == ".safetensors" else dispatch_model(plain, places, offload_dir=tmp_path)
+    )
+    layers, own = layers_of(in_files, FAMILIES["llama"]), residency._stretches
+    read: list[tuple[Path, int, int]] = []
+    monkeypatch.setattr(residency, "_stretches", lambda *args: (read.append(one) or one for one in own(*args)))
+    with resident(layers[0]):
+        residency._reader.submit(int).result()  # the only thread has done what it was given before this
+    monkeypatch.setattr(residency, "_read", lambda *_: None)
+    with resident(layers[1]):
+        expected = [weight.detach().numpy().tobytes() for weight in layers[1].parameters()]
+    assert sorted(path.read_bytes()[begin:end] for path, begin, end in read) == sorted(expected)
+    assert {path.suffix for path, _, _ in read} == {suffix}
+
+
+def test_a_disk_that_fails_while_reading_ahead_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What cannot be read will be missed, and explained, where it is needed."""
+    problem, plain = make_problem(), build(FAMILIES["llama"])
+    gone = [(tmp_path / "gone", 0, 10)]
+    monkeypatch.setattr(residency, "_stretches", lambda *_: gone)
+    found = solve(engine_of(on_disk(plain, tmp_path), problem), problem)
+    assert torch.allclose(found.scores.ablation, solve(engine_of(plain, problem), problem).scores.ablation, atol=1e-5)
 
 
 @families

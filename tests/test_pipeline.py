@@ -29,6 +29,24 @@ def test_settings_go_with_a_loaded_model(chat: ChatModel):
     assert found.config.model.model_id == "demo"
 
 
+def test_tokens_that_say_nothing_of_refusal_are_warned_of_in_the_results(chat: ChatModel, extraction: Extraction):
+    anything = Thresholds(kl=100.0, induce=-100.0)
+    config = replace(FEW, refusal_tokens=("a",), skip_filter=True, thresholds=anything)
+    (warning,) = extract(chat, config, prompts=extraction.prompts).warnings
+    assert "hardly a harmful prompt counts as refused" in warning
+    assert extraction.warnings == ()  # control
+
+
+def test_the_probability_of_the_refusal_tokens_is_that_of_each_kind_of_prompts(extraction: Extraction):
+    """Train and validation prompts together, whatever the filter left."""
+    places, mass = extraction.prompts.indices(), extraction.baseline.mass
+    for kind in ("harmful", "harmless"):
+        ordered = mass[places[f"{kind}_train"] + places[f"{kind}_val"]].sort().values
+        middle = (ordered[len(ordered) // 2 - 1] + ordered[len(ordered) // 2]) / 2
+        assert extraction.mass[kind].median == pytest.approx(float(middle))
+        assert extraction.mass[kind].lower <= extraction.mass[kind].median <= extraction.mass[kind].upper
+
+
 def test_a_half_precision_model_selects_the_same_candidate(chat: ChatModel, extraction: Extraction):
     from refusal_direction import load_chat_model
     from refusal_direction.config import ModelSource

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from refusal_direction import cli, extract, load_direction
 from refusal_direction.artifacts import file_names
 from refusal_direction.config import VISION, VISION_CONFIG
+from refusal_direction.models import refusal_tokens
 from refusal_direction.models.loading import load_vision_model
 from refusal_direction.prompts import vision
 from tests.families import D_MODEL, N_LAYERS
@@ -63,6 +64,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 Run = Callable[..., int]
+DOUBT = "Warning: The refusal tokens 'I', 'Sorry', 'No', 'As' hold "
+"""What is rightly said of a model with random weights."""
 
 
 @pytest.fixture
@@ -165,16 +168,18 @@ def test_an_exhaustive_search_scores_every_candidate_alike(run: Run, tmp_path: P
 def test_what_was_relaxed_is_said_and_recorded(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--kl_threshold", "-1", "--induce_threshold", "50") == 0
     said = [line.removeprefix("Warning: ") for line in capsys.readouterr().err.splitlines()]
-    assert len(said) == 2
-    assert said[0].startswith("No candidate has a KL of -1 or less below layer 3")
-    assert said[1].startswith("No candidate reaches a steering score of")
+    assert len(said) == 3
+    assert f"Warning: {said[0]}".startswith(DOUBT)
+    assert said[1].startswith("No candidate has a KL of -1 or less below layer 3")
+    assert said[2].startswith("No candidate reaches a steering score of")
     assert read(tmp_path, "direction_metadata_vlm.json")["warnings"] == said
     assert read(tmp_path, "run.json")["warnings"] == said
 
 
 def test_a_run_that_relaxes_nothing_warns_of_nothing(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(refusal_tokens, "doubt", lambda *args, **kinds: None)
     assert run("--kl_threshold", "100", "--induce_threshold", "-50") == 0
     assert capsys.readouterr().err == ""
     assert read(tmp_path, "direction_metadata_vlm.json")["warnings"] == []
@@ -338,7 +343,8 @@ def test_a_direction_of_length_zero_is_never_selected(run: Run, tmp_path: Path) 
 
 def test_a_single_validation_prompt_has_no_standard_error(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(sizes=("--n_train", "2", "--n_val", "1")) == 0
-    assert capsys.readouterr().err == ""
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(DOUBT)
 
 
 def test_the_script_says_nothing_but_the_results(made: Path, tmp_path: Path) -> None:
@@ -351,7 +357,9 @@ def test_the_script_says_nothing_but_the_results(made: Path, tmp_path: Path) -> 
         capture_output=True,
         text=True,
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0
+    (said,) = done.stderr.splitlines()
+    assert said.startswith(DOUBT)
     assert "Refusal direction of" in done.stdout
     assert {path.name for path in (tmp_path / "out").iterdir()} == set(file_names(VISION))
 

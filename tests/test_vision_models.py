@@ -459,6 +459,41 @@ def test_dates_are_pinned(chats: dict[str, VisionChatModel]) -> None:
     assert shown.startswith("<bos>26 Jul 2024 USER: ")
 
 
+THINKING = LLAVA.replace("ASSISTANT:", "ASSISTANT:<think>\n") + "\n"
+
+
+def shown_by(chat: VisionChatModel) -> str:
+    return str(chat.tokenizer.decode(chat.inputs(prompt())["input_ids"][0]))
+
+
+def test_thoughts_that_a_template_opens_are_closed_again(chats: dict[str, VisionChatModel]) -> None:
+    chat = replace(chats["llava"], chat_template=THINKING)
+    assert shown_by(chat).endswith("ASSISTANT:<think>\n\n</think>\n\n")
+    assert chat.template_settings["thinking_closed_with"] == "\n</think>\n\n"
+    assert shown_by(replace(chat, thinking=True)).endswith("ASSISTANT:<think>\n")
+
+
+AS_TEXT = "{% if messages[0]['role'] == 'system' %}SYSTEM: {{ messages[0]['content'] }} {% set messages = messages[1:] %}{% endif %}"
+AS_PARTS = AS_TEXT.replace("['content']", "['content'][0]['text']")
+
+
+@pytest.mark.parametrize("system", [AS_TEXT, AS_PARTS], ids=["text", "parts"])
+def test_a_system_prompt_is_given_in_the_form_that_the_template_takes(
+    system: str, chats: dict[str, VisionChatModel]
+) -> None:
+    chat = replace(chats["llava"], chat_template=system + LLAVA, system_prompt="Be kind.")
+    chat.check_system_prompt()
+    assert shown_by(chat).startswith("<bos>SYSTEM: Be kind. USER: ")
+    assert chat.template_settings["system_prompt"] == "Be kind."
+
+
+def test_a_system_prompt_that_is_refused_or_has_no_place_is_an_error(chats: dict[str, VisionChatModel]) -> None:
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}" + LLAVA
+    for chat in (replace(chats["llava"], chat_template=refusing), chats["paligemma2"]):
+        with pytest.raises(ChatTemplateError, match="takes no --system_prompt"):
+            replace(chat, system_prompt="Be kind.").check_system_prompt()
+
+
 def test_the_library_has_nothing_to_say_about_a_prompt(
     chats: dict[str, VisionChatModel], caplog: pytest.LogCaptureFixture
 ) -> None:

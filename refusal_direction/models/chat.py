@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jinja2 import TemplateError
@@ -13,34 +13,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from refusal_direction.engine.residency import execution_device
 from refusal_direction.errors import ChatTemplateError, TokenizerError
+from refusal_direction.models.templates import closing, pinned, settings
 from refusal_direction.prompts.sets import Prompt
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["ChatModel", "TEMPLATE_ARGUMENTS", "pinned"]
-
-_DATE = "26 Jul 2024"
-TEMPLATE_ARGUMENTS = {"enable_thinking": False, "date_string": _DATE}
-"""What templates are told, so that the same prompt renders the same every day, and thinking is off."""
-
-_PINNED = "{% set enable_thinking = false %}{% set date_string = '" + _DATE + "' %}"
-_PINNED_CLOCK = "{% macro strftime_now(format) %}" + _DATE + "{% endmacro %}"
-
-
-def pinned(template: str) -> str:
-    """A template with TEMPLATE_ARGUMENTS set in itself: a processor takes arguments that it does not know for its own."""
-    return _PINNED + (_PINNED_CLOCK if "strftime_now" in template else "") + template
-
+__all__ = ["SYSTEM_SAMPLE", "ChatModel"]
 
 # They end in different tokens, so what their renderings have in common at the end is the template's.
 _ENDINGS = ("How are you", "Is it 7?", "Name a colour.", "(yes)", "the letter x", "Sing!")
 _GENERATED_TOGETHER = 32
 _SAMPLE = "The quick brown fox jumps over 13 lazy dogs. Why?"
-
-
-def _asked(request: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": request}]
+SYSTEM_SAMPLE = "Xylophone"
+"""A word that no template writes by itself."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +40,24 @@ class ChatModel:
     """The Hub's commit of the weights; None for a local folder."""
     chat_template: str | None = None
     """Overrides the tokenizer's own template."""
+    system_prompt: str | None = None
+    """What the system message says; None leaves it to the template."""
+    thinking: bool = False
+    """Whether the model may think before it answers."""
+    adapter: str | None = None
+    """The PEFT adapter on the weights, if there is one."""
 
     def render(self, request: str) -> str:
         """The request as the model expects it, up to where its reply begins.
 
         Raises ChatTemplateError where there is no template, or it fails.
         """
-        return self._rendered(_asked(request), add_generation_prompt=True)
+        rendered = self._rendered(self._asked(request), add_generation_prompt=True)
+        return rendered + closing(rendered, self.thinking)
+
+    def _asked(self, request: str) -> list[dict[str, str]]:
+        system = [] if self.system_prompt is None else [{"role": "system", "content": self.system_prompt}]
+        return [*system, {"role": "user", "content": request}]
 
     def _rendered(self, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> str:
         try:
@@ -68,7 +65,7 @@ class ChatModel:
                 messages,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
-                chat_template=pinned(self.tokenizer.get_chat_template(self.chat_template)),
+                chat_template=pinned(self._own_template(), self.thinking),
             )
         except (ValueError, TypeError, TemplateError) as error:
             raise ChatTemplateError(
@@ -76,6 +73,34 @@ class ChatModel:
                 "--chat_template with a Jinja template or a file that holds one."
             ) from error
         return str(rendered)
+
+    def _own_template(self) -> str:
+        return str(self.tokenizer.get_chat_template(self.chat_template))
+
+    @property
+    def template_settings(self) -> dict[str, Any]:
+        """What prompts are rendered with, for the record."""
+        told = settings(self._own_template(), self.thinking)
+        return {**told, "thinking_closed_with": self._closing(), "system_prompt": self.system_prompt}
+
+    def _closing(self) -> str:
+        return closing(self._rendered(self._asked("Hello"), add_generation_prompt=True), self.thinking)
+
+    def check_system_prompt(self) -> None:
+        """Raise ChatTemplateError where a system prompt was asked for and the template refuses or drops it."""
+        if self.system_prompt is None:
+            return
+        replace(self, system_prompt=None).render("Hello")  # a template that always fails is another problem
+        try:
+            if SYSTEM_SAMPLE in replace(self, system_prompt=SYSTEM_SAMPLE).render("Hello"):
+                return
+            reason = "drops the system message without a word"
+        except ChatTemplateError as error:
+            reason = f"refuses a system message: {error.__cause__}"
+        raise ChatTemplateError(
+            f"The chat template of {self.model_id} takes no --system_prompt (it {reason}). Leave it out, put the text at the "
+            "beginning of your own prompts, or pass a --chat_template that has a place for it."
+        )
 
     def encode(self, request: str, reply: str = "") -> list[int]:
         """Token ids of the rendered request and the start of a reply. The template writes the special tokens itself."""
@@ -119,7 +144,7 @@ class ChatModel:
     def _space_before(self, reply: str) -> str:
         prompt, exchange = (
             self.render("Hello"),
-            self._rendered([*_asked("Hello"), {"role": "assistant", "content": reply}]),
+            self._rendered([*self._asked("Hello"), {"role": "assistant", "content": reply}]),
         )
         space = exchange[len(prompt) :].partition(reply)[0]
         return space if exchange.startswith(prompt) and space.isspace() else ""

@@ -6,19 +6,20 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 from weakref import finalize
 
 import psutil
 import torch
-from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -27,15 +28,17 @@ from refusal_direction import demo, processes
 from refusal_direction.config import DEMO_MODEL, Config, ModelSource
 from refusal_direction.engine.budget import free_bytes
 from refusal_direction.errors import ConfigurationError, ModelAccessError
+from refusal_direction.models.access import access_explained, fitting
+from refusal_direction.models.adapters import add_adapter, check_peft
 from refusal_direction.models.chat import ChatModel
 from refusal_direction.models.vision import VisionChatModel
 
 __all__ = ["load", "load_chat_model", "load_vision_model"]
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_BITS = {"4bit": 4, "8bit": 8}
 _SHARE_FOR_WEIGHTS = 0.75
 _Chat = TypeVar("_Chat", bound=ChatModel)
-_TRY_DEMO = "To see the tool at work without an account, use --model_id demo."
 
 
 def load(config: Config) -> ChatModel:
@@ -71,28 +74,93 @@ def _identity(source: ModelSource, model: PreTrainedModel) -> dict[str, Any]:
         "model_id": source.model_id,
         "revision": getattr(model.config, "_commit_hash", None),
         "chat_template": _template(source.chat_template),
+        "system_prompt": source.system_prompt,
+        "thinking": source.thinking,
+        "adapter": source.adapter,
     }
 
 
 def _checked(chat: _Chat) -> _Chat:
     chat.check_tokenizer()
+    chat.check_system_prompt()
     return chat
 
 
 def _load(source: ModelSource, demo_dir: Path, model_class: Any, tokenizer_class: Any) -> tuple[PreTrainedModel, Any]:
     """The weights, and the tokenizer or processor."""
+    _check_settings(source)
     path = str(demo_dir) if source.model_id == DEMO_MODEL else source.model_id
+    origin = {
+        "trust_remote_code": source.trust_remote_code,
+        **({"revision": source.revision} if source.revision else {}),
+    }
     device = _device(source.device)
-    with _access_explained(source.model_id):
-        config = AutoConfig.from_pretrained(path)
-        tokenizer = tokenizer_class.from_pretrained(path)
-        parameters = _parameters(config, model_class, source.model_id)
-        dtype = _dtype(source.dtype, device, parameters)
-        placement = _placement(source.device, device, parameters * dtype.itemsize)
-        with _offload_folder(placement) as owned_by:
-            model = model_class.from_pretrained(path, config=config, dtype=dtype, use_safetensors=True, **placement)
-            owned_by(model)
+    with access_explained(source.model_id):
+        config = AutoConfig.from_pretrained(path, **origin)
+        tokenizer = tokenizer_class.from_pretrained(path, **origin)
+        parameters = _parameters(config, model_class, source)
+    dtype = _dtype(source.dtype, device, parameters)
+    settings = {**origin, **_quantization(source, config, dtype)}
+    weights = parameters * _BITS.get(source.quantization or "", 8 * dtype.itemsize) // 8
+    placement = _placement(source.device, device, weights)
+    quantised = hasattr(config, "quantization_config") or source.quantization is not None
+    safe = None if source.allow_pickle else True
+    with (
+        access_explained(source.model_id, quantised=quantised),
+        fitting(source.model_id, weights, device),
+        _offload_folder(placement) as owned_by,
+    ):
+        model, report = model_class.from_pretrained(
+            path, config=config, dtype=dtype, use_safetensors=safe, output_loading_info=True, **settings, **placement
+        )
+        owned_by(model)
+    _check_complete(source.model_id, report)
+    if source.adapter is not None:
+        add_adapter(model, source.adapter, allow_pickle=source.allow_pickle)
     return model.eval(), tokenizer
+
+
+def _check_settings(source: ModelSource) -> None:
+    """Find out before a download what can be known before it."""
+    if source.revision is not None and (source.model_id == DEMO_MODEL or Path(source.model_id).exists()):
+        raise ConfigurationError(
+            f"--revision {source.revision}: only models on the Hub have revisions; this one is a folder."
+        )
+    if source.quantization is not None:
+        if source.quantization not in _BITS:
+            raise ConfigurationError(f"--quantization {source.quantization} is not known. Use {' or '.join(_BITS)}.")
+        if find_spec("bitsandbytes") is None:
+            raise ConfigurationError(
+                f"--quantization {source.quantization} needs the package bitsandbytes, which is not installed: pip install "
+                "bitsandbytes"
+            )
+    if source.adapter is not None:
+        check_peft()
+
+
+def _quantization(source: ModelSource, config: PretrainedConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """How weights are quantised while they are loaded; a checkpoint that is already quantised says so itself."""
+    if source.quantization is None:
+        return {}
+    if hasattr(config, "quantization_config"):
+        raise ConfigurationError(f"{source.model_id} is quantised already. Leave out --quantization.")
+    if source.quantization == "8bit":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    return {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
+    }
+
+
+def _check_complete(model_id: str, report: dict[str, Any]) -> None:
+    """transformers makes up random weights for those that are missing; no result would mean anything."""
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ModelAccessError(
+            f"{model_id} lacks {len(missing)} of the model's weights ({', '.join(missing[:3])}, ...), so it would run with "
+            "random ones. Its files are incomplete, or belong to another kind of model."
+        )
 
 
 def _device(asked: str) -> torch.device:
@@ -114,14 +182,14 @@ def _device(asked: str) -> torch.device:
     return device
 
 
-def _parameters(config: PretrainedConfig, model_class: Any, model_id: str) -> int:
+def _parameters(config: PretrainedConfig, model_class: Any, source: ModelSource) -> int:
     """How many weights the model has, without loading any."""
     try:
         with torch.device("meta"):
-            model = model_class.from_config(config)
+            model = model_class.from_config(config, trust_remote_code=source.trust_remote_code)
     except ValueError as error:
         raise ModelAccessError(
-            f"{model_id} is a {config.model_type}, which transformers does not know as a model of this kind. Use a chat model, "
+            f"{source.model_id} is a {config.model_type}, which transformers does not know as a model of this kind. Use a chat model, "
             "or, with extract_refusal_direction_vlm.py, a vision-language model."
         ) from error
     return sum(weight.numel() for weight in model.parameters())
@@ -181,44 +249,4 @@ def _template(given: str | None) -> str | None:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(
             f"--chat_template {given}: neither a Jinja template (it has no braces) nor a file that can be read."
-        ) from error
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    cause: BaseException | None = error
-    while cause is not None:
-        yield cause
-        cause = cause.__cause__ or cause.__context__
-
-
-@contextmanager
-def _access_explained(model_id: str) -> Iterator[None]:
-    """Turn the Hub's errors into ones that say what to do."""
-    try:
-        yield
-    except ImportError as error:
-        raise ModelAccessError(
-            f"{model_id} needs a package that is not installed: {' '.join(str(error).split())} Install it (often: pip install "
-            "torchvision), or use another model."
-        ) from error
-    except (OSError, ValueError) as error:  # HFValidationError is a ValueError; so is a folder without config.json
-        causes = tuple(_causes(error))
-        if any(isinstance(cause, GatedRepoError) for cause in causes):
-            raise ModelAccessError(
-                f"{model_id} is gated. Accept its licence on https://huggingface.co/{model_id}, then log in with `hf auth "
-                f"login` or set HF_TOKEN to a token of that account. {_TRY_DEMO}"
-            ) from error
-        if any(isinstance(cause, (RepositoryNotFoundError, HFValidationError)) for cause in causes):
-            raise ModelAccessError(
-                f"{model_id} is neither a folder here nor a model on the Hub that you can see. Check the spelling; a private "
-                f"model needs HF_TOKEN. {_TRY_DEMO}"
-            ) from error
-        if Path(model_id).exists():
-            raise ModelAccessError(
-                f"{model_id} could not be loaded: {str(error).splitlines()[0]} A model folder needs config.json, "
-                "*.safetensors weights, and the tokenizer's files."
-            ) from error
-        raise ModelAccessError(
-            f"{model_id} could not be fetched from the Hub and is not in its local cache ({str(error).splitlines()[0]}). "
-            f"Check the network and the spelling, or give a local folder. {_TRY_DEMO}"
         ) from error

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
@@ -10,7 +12,8 @@ from jinja2 import TemplateError
 from refusal_direction.config import VISION
 from refusal_direction.engine.residency import execution_device
 from refusal_direction.errors import ChatTemplateError
-from refusal_direction.models.chat import ChatModel, pinned
+from refusal_direction.models.chat import SYSTEM_SAMPLE, ChatModel
+from refusal_direction.models.templates import closing, pinned
 from refusal_direction.prompts.sets import Prompt
 
 if TYPE_CHECKING:
@@ -22,6 +25,7 @@ RAW_PROMPTS = {"paligemma": "<image>answer en {question}"}
 """Families that were trained on prompts of their own instead of a chat template, by model_type."""
 
 _NOT_FOR_FORWARD = ("labels",)
+_Content = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -45,14 +49,17 @@ class VisionChatModel(ChatModel):
 
         Raises ChatTemplateError where the processor has no usable chat template.
         """
-        raw = RAW_PROMPTS.get(self.model.config.model_type)
-        features = self._raw(raw, prompt) if raw and self.chat_template is None else self._through_template(prompt)
+        features = self._through_template(prompt) if self._raw_prompt is None else self._raw(self._raw_prompt, prompt)
         device, dtype = execution_device(self.model), self.model.dtype
         return {
             name: tensor.to(device, dtype if tensor.is_floating_point() else None)
             for name, tensor in features.items()
             if name not in _NOT_FOR_FORWARD
         }
+
+    @property
+    def _raw_prompt(self) -> str | None:
+        return RAW_PROMPTS.get(self.model.config.model_type) if self.chat_template is None else None
 
     def _raw(self, template: str, prompt: Prompt) -> Any:
         text = template.format(question=self._plain(prompt.text))
@@ -64,32 +71,63 @@ class VisionChatModel(ChatModel):
         return text.replace(token, token.strip("<>|[]")) if token else text
 
     def _through_template(self, prompt: Prompt) -> Any:
-        content: list[dict[str, Any]] = [{"type": "text", "text": self._plain(prompt.text)}]
+        content: _Content = [{"type": "text", "text": self._plain(prompt.text)}]
         if prompt.image is not None:
             content.insert(0, {"type": "image", "image": prompt.image})
+        template = pinned(self._own_template(), self.thinking).removesuffix("\n")
+        end = f"{{{{ {json.dumps(self._closing())} }}}}"
+        return self._applied(
+            content, tokenize=True, return_dict=True, return_tensors="pt", chat_template=template + end
+        )
+
+    def render(self, request: str) -> str:
+        """The text of a prompt with an image, as far as the template makes it."""
+        if self._raw_prompt is not None:
+            return self._raw_prompt.format(question=request)
+        template = pinned(self._own_template(), self.thinking)
+        return str(self._applied([{"type": "image"}, {"type": "text", "text": request}], chat_template=template))
+
+    def _applied(self, content: _Content, *, system_as_text: bool | None = None, **settings: Any) -> Any:
+        """The processor's template applied to what the user says."""
+        messages = [{"role": "user", "content": content}]
+        if self.system_prompt is not None:
+            as_text = self._system_as_text if system_as_text is None else system_as_text
+            parts = [{"type": "text", "text": self.system_prompt}]
+            messages.insert(0, {"role": "system", "content": self.system_prompt if as_text else parts})
         try:
-            return self.processor.apply_chat_template(
-                [{"role": "user", "content": content}],
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                add_generation_prompt=True,
-                chat_template=self._template(),
-            )
+            return self.processor.apply_chat_template(messages, add_generation_prompt=True, **settings)
         except (ValueError, TypeError, TemplateError) as error:
             raise ChatTemplateError(
                 f"The chat template of {self.model_id}'s processor is missing or cannot be used ({error}). Use an instruction-"
                 "tuned model, or pass --chat_template."
             ) from error
 
-    def _template(self) -> str:
+    @cached_property
+    def _system_as_text(self) -> bool:
+        """Whether the template shows a system message that is plain text; others want a list of parts."""
+        try:
+            shown = replace(self, system_prompt=SYSTEM_SAMPLE)._applied(
+                [{"type": "image"}, {"type": "text", "text": "Hello"}],
+                system_as_text=True,
+                chat_template=pinned(self._own_template()),
+            )
+        except ChatTemplateError:
+            return False
+        return SYSTEM_SAMPLE in shown
+
+    def _closing(self) -> str:
+        return closing(self.render("Hello"), self.thinking)
+
+    def _own_template(self) -> str:
+        if self._raw_prompt is not None:
+            return self._raw_prompt
         own = getattr(self.processor, "chat_template", None)
         template = self.chat_template or (own.get("default") if isinstance(own, dict) else own)
         if not template:
             raise ChatTemplateError(
                 f"The processor of {self.model_id} has no chat template. Use an instruction-tuned model, or pass --chat_template."
             )
-        return pinned(template)
+        return str(template)
 
     def reply_tokens(self, reply: str) -> list[int]:
         """The tokens in which the model would write a reply."""

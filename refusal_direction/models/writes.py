@@ -21,6 +21,7 @@ from refusal_direction.errors import UnsupportedModelError
 __all__ = ["WriteSite", "find_writes", "in_float32", "kind_of"]
 
 _MOST_WRITES = 5
+_PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,11 @@ def kind_of(layer: nn.Module) -> tuple[Any, ...]:
     return (type(layer), *((name, type(module)) for name, module in layer.named_modules() if name))
 
 
+def _is_plain(weight: Tensor) -> bool:
+    """Not so are quantised weights: integers, 8-bit floats, or tensors of a class of their own that pass for others."""
+    return weight.dtype in _PLAIN and type(weight.data) is Tensor
+
+
 @contextmanager
 def in_float32(layer: nn.Module) -> Iterator[bool]:
     """Within the context the layer computes in float32, if its weights are plain half-precision numbers.
@@ -46,7 +52,7 @@ def in_float32(layer: nn.Module) -> Iterator[bool]:
     """
     tensors = [*layer.parameters(), *layer.buffers()]
     half = [tensor for tensor in tensors if tensor.dtype in (torch.bfloat16, torch.float16)]
-    if not half or not all(tensor.is_floating_point() for tensor in layer.parameters()):
+    if not half or not all(map(_is_plain, layer.parameters())):
         yield False
         return
     own = [tensor.data for tensor in half]

@@ -1,0 +1,133 @@
+"""What can go wrong while a model is fetched and loaded, in words that say what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from accelerate.utils.memory import should_reduce_batch_size
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from refusal_direction.errors import ModelAccessError, OutOfMemoryError
+
+__all__ = ["access_explained", "fitting"]
+
+_TRY_DEMO = "To see the tool at work without an account, use --model_id demo."
+
+
+def _causes(error: BaseException) -> tuple[BaseException, ...]:
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    return tuple(causes)
+
+
+@contextmanager
+def fitting(model_id: str, weights: int, device: object) -> Iterator[None]:
+    """Explain running out of memory while weights are loaded.
+
+    Args:
+        model_id: whose weights.
+        weights: their size in bytes.
+        device: where they go.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
+            raise
+        raise OutOfMemoryError(
+            f"The weights of {model_id} (about {weights / 2**30:.1f} GiB) do not fit on {device}. Free memory there, let --device "
+            "auto put what does not fit elsewhere, or make them smaller: --dtype bfloat16, --quantization 8bit or 4bit, or "
+            "another model."
+        ) from error
+
+
+@contextmanager
+def access_explained(model_id: str, *, adapter: bool = False, quantised: bool = False) -> Iterator[None]:
+    """Turn what the libraries say into errors that say what to do.
+
+    Args:
+        model_id: what is loaded.
+        adapter: whether it is an adapter.
+        quantised: whether it is said to be quantised, which not every machine can run.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise ModelAccessError(
+            f"{model_id} needs a package that is not installed: {' '.join(str(error).split())} Install it, or use another "
+            "model. (Image processors often need torchvision.)"
+        ) from error
+    except RuntimeError as error:
+        if not quantised or should_reduce_batch_size(error):
+            raise
+        raise ModelAccessError(
+            f"{model_id} could not be loaded with quantised weights on this machine: {_first_line(error)} Use a machine that "
+            "can, or the weights that are not quantised."
+        ) from error
+    except (OSError, ValueError) as error:  # HFValidationError is a ValueError; so is a folder without config.json
+        raise ModelAccessError(_explanation(error, model_id, adapter)) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__).rstrip(".") + "."
+
+
+def _explanation(error: Exception, model_id: str, adapter: bool) -> str:
+    causes = _causes(error)
+
+    def caused_by(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(cause, kinds) for cause in causes)
+
+    said = " ".join(str(cause) for cause in causes)
+    kind = "adapter" if adapter else "model"
+    if caused_by(GatedRepoError):
+        return (
+            f"{model_id} is gated. Accept its licence on https://huggingface.co/{model_id}, then log in with `hf auth login` "
+            f"or set HF_TOKEN to a token of that account. {_TRY_DEMO}"
+        )
+    if caused_by(RevisionNotFoundError):
+        return (
+            f"{model_id} has no such --revision. It takes a branch, a tag or the whole hash of a commit; see its page."
+        )
+    if "trust_remote_code" in said:
+        return (
+            f"{model_id} comes with Python code of its own, which would run here with your rights. Read that code; if you "
+            "trust it, pass --trust_remote_code, on the Hub with --revision and the commit that you have read."
+        )
+    if "use_safetensors=True" in said or ("model.safetensors" in said and any(Path(model_id).glob("*.bin"))):
+        return (
+            f"{model_id} has no weights in safetensors format. Other formats are pickled, and a pickle can hold code: look for "
+            "safetensors weights (another --revision, or a conversion), or, if you trust the source, pass --allow_pickle."
+        )
+    if not adapter and (Path(model_id) / "adapter_config.json").exists():
+        return f"{model_id} holds an adapter, not a model. Give the model it was trained on, and --adapter {model_id}."
+    if Path(model_id).exists():
+        needed = (
+            "adapter_config.json and its weights"
+            if adapter
+            else "config.json, *.safetensors weights, and the tokenizer's files"
+        )
+        return f"{model_id} could not be loaded: {_first_line(error)} A{'n' * adapter} {kind} folder needs {needed}."
+    if caused_by(RepositoryNotFoundError, HFValidationError):
+        return (
+            f"{model_id} is neither a folder here nor a{'n' * adapter} {kind} on the Hub that you can see. Check the spelling; a "
+            f"private {kind} needs HF_TOKEN. {_TRY_DEMO}"
+        )
+    if not isinstance(error, OSError) or (caused_by(EntryNotFoundError) and not caused_by(LocalEntryNotFoundError)):
+        return f"{model_id} could not be loaded: {_first_line(error)}"
+    return (
+        f"{model_id} could not be fetched from the Hub and is not in its local cache ({_first_line(error)}). Check the network "
+        f"and the spelling, or give a local folder. {_TRY_DEMO}"
+    )

@@ -1,0 +1,95 @@
+"""A PEFT adapter on a model's weights. peft is an optional package: it is imported only where an adapter is asked for."""
+
+from __future__ import annotations
+
+import logging
+from importlib.util import find_spec
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.utils import cached_file
+
+from refusal_direction.engine.residency import is_offloaded
+from refusal_direction.errors import ConfigurationError, ModelAccessError, UnsupportedModelError
+from refusal_direction.models.access import access_explained
+
+__all__ = ["add_adapter"]
+
+log = logging.getLogger(__name__)
+
+_PICKLED = "adapter_model.bin"
+_SAFE = "adapter_model.safetensors"
+
+
+def check_peft() -> None:
+    """Raise ConfigurationError where peft is not installed."""
+    if find_spec("peft") is None:
+        raise ConfigurationError("--adapter needs the package peft, which is not installed: pip install peft")
+
+
+def add_adapter(model: PreTrainedModel, adapter: str, *, allow_pickle: bool = False) -> None:
+    """Put an adapter's layers into the model, in place. They stay layers of their own: nothing is merged.
+
+    Args:
+        model: the base model, its weights in memory.
+        adapter: a folder or a Hub id.
+        allow_pickle: take weights that are not in safetensors format.
+
+    Raises ConfigurationError without peft; ModelAccessError where the adapter cannot be had or does not belong to this
+    model; UnsupportedModelError for adapters that change the prompt, and for models that are partly on disk.
+    """
+    check_peft()
+    from peft import PeftConfig, PeftModel
+
+    if is_offloaded(model):
+        raise UnsupportedModelError(
+            f"With --adapter {adapter} the weights must fit into memory. Try --dtype bfloat16 or --quantization 4bit, or merge "
+            "the adapter into its base model first."
+        )
+    with access_explained(adapter, adapter=True):
+        config: Any = PeftConfig.from_pretrained(adapter)
+        _check_format(adapter, allow_pickle)
+        if config.is_prompt_learning:
+            raise UnsupportedModelError(
+                f"{adapter} changes the prompt ({config.peft_type.value}), not the weights, so it has no residual stream of its "
+                "own to look into. LoRA and its kind are supported."
+            )
+        _check_base(adapter, config.base_model_name_or_path or "", model)
+        config.inference_mode = True
+        wrapped = PeftModel(model, config, autocast_adapter_dtype=False)
+        try:
+            found = wrapped.load_adapter(adapter, "default", autocast_adapter_dtype=False)
+        except RuntimeError as error:
+            raise _belongs_elsewhere(adapter, model, str(error).splitlines()[-1].strip(" \t.")) from error
+    unplaced = [*found.missing_keys, *found.unexpected_keys]
+    if unplaced:
+        raise _belongs_elsewhere(adapter, model, f"{len(unplaced)} tensors have no counterpart, as {unplaced[0]}")
+
+
+def _check_format(adapter: str, allow_pickle: bool) -> None:
+    """peft takes a pickle where there is nothing better; here it must be asked for."""
+    if not allow_pickle and _file(adapter, _SAFE) is None and _file(adapter, _PICKLED) is not None:
+        raise ModelAccessError(
+            f"{adapter} has no weights in safetensors format, only {_PICKLED}. A pickle can hold code: if you trust its source, "
+            "pass --allow_pickle."
+        )
+
+
+def _check_base(adapter: str, base: str, model: PreTrainedModel) -> None:
+    """An adapter fits any model of the same shape, so only names tell whether it belongs there."""
+    trained_on, given = (name.rstrip("/").rpartition("/")[2] for name in (base, model.name_or_path))
+    if trained_on not in ("", given):
+        log.warning("%s says that it was trained on %s, but is put on %s.", adapter, base, model.name_or_path)
+
+
+def _file(adapter: str, name: str) -> str | None:
+    return cached_file(
+        adapter, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+    )
+
+
+def _belongs_elsewhere(adapter: str, model: PreTrainedModel, why: str) -> ModelAccessError:
+    return ModelAccessError(
+        f"{adapter} does not fit {type(model).__name__}: {why}. Give the model it was trained on as --model_id "
+        "(base_model_name_or_path in its adapter_config.json)."
+    )

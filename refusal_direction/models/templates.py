@@ -1,0 +1,57 @@
+"""What is done to chat templates so that a prompt renders the same every day, and the reply begins with the answer.
+
+Dates are pinned and thinking is off. A template is changed as text, since a processor takes arguments that it does not know
+for its own. Where a template has no switch and opens a block of thoughts, the block is closed again, empty: the refusal score
+is read off the first token of the reply, and that should not be the first token of a thought.
+"""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime
+from typing import Any
+
+__all__ = ["closing", "pinned", "settings"]
+
+_NOW = datetime(2024, 7, 26)
+_DATE = _NOW.strftime("%d %b %Y")
+_PARTS = {f"%{code}": _NOW.strftime(f"%{code}") for code in "YymdBbAajHIMSp"}
+_PARTS |= {"%-d": str(_NOW.day), "%-m": str(_NOW.month)}
+_REPLACED = "".join(f" | replace('{code}', '{text}')" for code, text in _PARTS.items())
+_CLOCK = f"{{% macro strftime_now(format) %}}{{{{ format{_REPLACED} }}}}{{% endmacro %}}"
+
+_SWITCHES = ("enable_thinking", "thinking", "reasoning")
+"""The names that templates read to know whether the model thinks first: Qwen 3, Granite and DeepSeek V3.1, Command A."""
+
+_OPENED = (
+    (re.compile(r"<think>\s*\Z"), "\n</think>\n\n"),  # DeepSeek-R1, QwQ
+    (
+        re.compile(r"<\|start\|>assistant\Z"),
+        "<|channel|>final<|message|>",
+    ),  # harmony: the reply names its channel first
+)
+"""Ends of a prompt after which thoughts come, and what makes the answer come instead."""
+
+
+def pinned(template: str, thinking: bool = False) -> str:
+    """A template that sets its date, and whether the model thinks, in itself."""
+    switches = "".join(f"{{% set {name} = {str(thinking).lower()} %}}" for name in _SWITCHES)
+    clock = _CLOCK if "strftime_now" in template else ""
+    return f"{switches}{{% set date_string = '{_DATE}' %}}{clock}{template}"
+
+
+def closing(rendered: str, thinking: bool = False) -> str:
+    """What goes behind a rendered prompt so that the answer comes next, and no thoughts."""
+    if thinking:
+        return ""
+    return next((text for end, text in _OPENED if end.search(rendered)), "")
+
+
+def settings(template: str, thinking: bool = False) -> dict[str, Any]:
+    """What a template was told, as far as it listens."""
+    dated = "date_string" in template or "strftime_now" in template
+    return {
+        "date": _NOW.date().isoformat() if dated else None,
+        "thinking": thinking,
+        "thinking_switches": [name for name in _SWITCHES if re.search(rf"\b{name}\b", template)],
+    }

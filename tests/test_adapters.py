@@ -1,0 +1,147 @@
+"""PEFT adapters: layers of their own beside the model's, and the same results as if they were merged."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from refusal_direction import demo, load_chat_model
+from refusal_direction.config import ModelSource
+from refusal_direction.engine.interventions import ResidualStream
+from refusal_direction.errors import ConfigurationError, ModelAccessError, UnsupportedModelError
+from refusal_direction.models import adapters
+from tests.families import D_MODEL, FAMILIES, build
+from tests.problems import engine_of, leak_of, make_problem, solve
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:peft.*")
+families = pytest.mark.parametrize("name", ["llama", "gemma2"])
+needs_peft = pytest.mark.skipif(find_spec("peft") is None, reason="peft is not installed")
+
+
+def test_a_folder_with_an_adapter_says_how_to_use_it(tmp_path: Path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelAccessError, match=r"holds an adapter, not a model.*--adapter"):
+        load_chat_model(str(tmp_path))
+
+
+def test_an_adapter_without_peft_names_the_package(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(adapters, "find_spec", lambda name: None)
+    with pytest.raises(ConfigurationError, match="pip install peft"):
+        load_chat_model(ModelSource("demo", adapter="somewhere"))
+
+
+def lora(model: PreTrainedModel, folder: Path) -> tuple[Path, PreTrainedModel]:
+    """An adapter with random weights, saved, and the model that it is merged into."""
+    from peft import LoraConfig, get_peft_model
+
+    wrapped = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    wrapped.save_pretrained(folder)
+    return folder, wrapped.merge_and_unload()
+
+
+@needs_peft
+@families
+def test_an_adapter_gives_what_the_merged_model_gives(name: str, tmp_path: Path):
+    problem, model = make_problem(), build(FAMILIES[name])
+    folder, merged = lora(build(FAMILIES[name]), tmp_path)
+    before = solve(engine_of(model, problem), problem)
+    adapters.add_adapter(model, str(folder))
+    found, expected = solve(engine_of(model, problem), problem), solve(engine_of(merged, problem), problem)
+    assert found.engine.name == "layer-major"
+    for ours, theirs, without in (
+        (found.candidates, expected.candidates, before.candidates),
+        (found.scores.ablation, expected.scores.ablation, before.scores.ablation),
+        (found.scores.steering, expected.scores.steering, before.scores.steering),
+        (found.scores.kl, expected.scores.kl, before.scores.kl),
+    ):
+        assert torch.allclose(ours, theirs, atol=1e-4)
+        assert not torch.allclose(without, theirs, atol=1e-1)  # control: the adapter matters
+
+
+@needs_peft
+@families
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_the_writes_of_layers_with_adapters_are_those_without(name: str, dtype: torch.dtype, tmp_path: Path):
+    model = build(FAMILIES[name], dtype=dtype)
+    expected = ResidualStream(build(FAMILIES[name], dtype=dtype)).writes
+    adapters.add_adapter(model, str(lora(build(FAMILIES[name]), tmp_path)[0]))
+    assert ResidualStream(model).writes == expected
+    assert leak_of(model, torch.randn(D_MODEL)) < (1e-6 if dtype is torch.float32 else 1e-2)
+    assert {weight.dtype for weight in model.parameters()} == {dtype}
+
+
+@needs_peft
+def test_an_adapter_can_be_asked_for_by_its_folder(tmp_path: Path):
+    folder, merged = lora(AutoModelForCausalLM.from_pretrained(demo.MODEL_DIR), tmp_path)
+    chat = load_chat_model(ModelSource("demo", adapter=str(folder)))
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        assert torch.allclose(chat.model(ids).logits, merged(ids).logits, atol=1e-4)
+    assert chat.adapter == str(folder)
+
+
+@needs_peft
+def test_an_adapter_of_another_model_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    folder = str(lora(build(FAMILIES["llama"]), tmp_path / "llama")[0])
+    with pytest.raises(ModelAccessError, match="Target modules .* not found"):
+        adapters.add_adapter(build(FAMILIES["gpt2"]), folder)
+    with pytest.raises(ModelAccessError, match=r"does not fit Gemma.*size mismatch.*Give the model it was trained on"):
+        adapters.add_adapter(AutoModelForCausalLM.from_pretrained(demo.MODEL_DIR), folder)
+
+
+@needs_peft
+def test_an_adapter_with_gaps_is_refused(tmp_path: Path):
+    from safetensors.torch import load_file, save_file
+
+    folder = lora(build(FAMILIES["llama"]), tmp_path)[0]
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors.pop(sorted(tensors)[0])
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with pytest.raises(ModelAccessError, match="1 tensors have no counterpart"):
+        adapters.add_adapter(build(FAMILIES["llama"]), str(folder))
+
+
+@needs_peft
+def test_an_adapter_that_was_trained_on_a_model_of_another_name_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    folder = lora(build(FAMILIES["llama"]), tmp_path)[0]
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "someone/other"}))
+    adapters.add_adapter(build(FAMILIES["llama"]), str(folder))
+    assert "was trained on someone/other" in caplog.text
+
+
+@needs_peft
+def test_a_pickled_adapter_is_not_taken_unasked(tmp_path: Path):
+    from safetensors.torch import load_file
+
+    folder = lora(build(FAMILIES["llama"]), tmp_path)[0]
+    torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(ModelAccessError, match="--allow_pickle"):
+        adapters.add_adapter(build(FAMILIES["llama"]), str(folder))
+    adapters.add_adapter(build(FAMILIES["llama"]), str(folder), allow_pickle=True)
+
+
+@needs_peft
+def test_an_adapter_that_changes_the_prompt_is_refused(tmp_path: Path):
+    from peft import PromptTuningConfig, get_peft_model
+
+    settings = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    get_peft_model(build(FAMILIES["llama"]), settings).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="changes the prompt"):
+        adapters.add_adapter(build(FAMILIES["llama"]), str(tmp_path))
+
+
+@needs_peft
+@pytest.mark.parametrize("name", ["missing", "empty"])
+def test_a_folder_without_an_adapter_says_what_is_needed(name: str, tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelAccessError, match="adapter_config.json|neither a folder here nor an adapter"):
+        adapters.add_adapter(build(FAMILIES["llama"]), str(tmp_path / name))
