@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from refusal_direction.config import Config
+from refusal_direction.config import UNFINISHED, Config
 from refusal_direction.models.chat import ChatModel
 from refusal_direction.models.refusal_tokens import RefusalTokens
 from refusal_direction.processes import rank
@@ -30,7 +30,6 @@ __all__ = ["Checkpoints", "fingerprint", "forget"]
 
 log = logging.getLogger(__name__)
 
-_FOLDER = ".unfinished"
 _FORM = 1  # of what is kept; another one is not read
 
 
@@ -60,7 +59,7 @@ class Checkpoints:
     """
 
     def __init__(self, output_dir: Path, fingerprint: str, *, resume: bool) -> None:
-        self._all = output_dir / _FOLDER
+        self._all = output_dir / UNFINISHED
         self._folder = self._all / fingerprint[:32]
         if resume and not self._folder.is_dir():
             different = (
@@ -95,4 +94,4 @@ class Checkpoints:
 
 def forget(output_dir: Path) -> None:
     """Remove what is kept in a folder of results: the run has ended, or another begins."""
-    shutil.rmtree(output_dir / _FOLDER, ignore_errors=True)
+    shutil.rmtree(output_dir / UNFINISHED, ignore_errors=True)

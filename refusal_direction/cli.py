@@ -17,7 +17,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from refusal_direction import processes
-from refusal_direction.config import TEXT, VISION, VISION_CONFIG, Config, ModelSource, PromptSource, Rules, Thresholds
+from refusal_direction.config import (
+    TEXT,
+    UNFINISHED,
+    VISION,
+    VISION_CONFIG,
+    Config,
+    ModelSource,
+    PromptSource,
+    Rules,
+    Thresholds,
+)
 from refusal_direction.errors import ConfigurationError, RefusalDirectionError
 
 if TYPE_CHECKING:
@@ -188,7 +198,8 @@ def _bar(description: str, total: int) -> Iterator[Callable[[int], object]]:
 
 
 def _run(config: Config) -> None:
-    from refusal_direction import artifacts, checkpoints, report
+    from refusal_direction import artifacts, report
+    from refusal_direction.checkpoints import forget
     from refusal_direction.pipeline import extract
 
     processes.join()
@@ -201,7 +212,7 @@ def _run(config: Config) -> None:
     if not first:
         return
     artifacts.write(extraction, config.output_dir)
-    checkpoints.forget(config.output_dir)
+    forget(config.output_dir)
     print(report.results(extraction), report.files(config), sep="\n\n")
     if config.sanity:
         print("", report.completions(extraction), sep="\n")
@@ -247,7 +258,15 @@ def _task(argv: Sequence[str]) -> tuple[Callable[[Config], None], Sequence[str]]
     return _inspect, ["--model_id", *rest] if named else rest
 
 
+def _kept(config: Config | None) -> list[str]:
+    """What to say of the sweeps that were finished before an error."""
+    if config is None or not (config.output_dir / UNFINISHED).exists():
+        return []
+    return ["What was measured is kept: with --resume and other thresholds it need not be measured again."]
+
+
 def _main(argv: Sequence[str] | None, defaults: Config) -> int:
+    config: Config | None = None
     try:
         if defaults.rules.images:
             defaults = _sample_sizes_from_environment(defaults)
@@ -256,7 +275,7 @@ def _main(argv: Sequence[str] | None, defaults: Config) -> int:
         _quiet_libraries()
         task(config)
     except RefusalDirectionError as error:
-        print(f"Error: {error}", file=sys.stderr)
+        print(f"Error: {error}", *_kept(config), sep="\n", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(

@@ -8,6 +8,7 @@ from pathlib import Path
 __all__ = [
     "DEMO_MODEL",
     "TEXT",
+    "UNFINISHED",
     "VISION",
     "VISION_CONFIG",
     "Config",
@@ -16,6 +17,9 @@ __all__ = [
     "Rules",
     "Thresholds",
 ]
+
+UNFINISHED = ".unfinished"
+"""The folder, in that of the results, that keeps the finished parts of a run that has not ended."""
 
 DEMO_MODEL = "demo"
 """The model id of the small model that ships with the project; its prompts come with it."""

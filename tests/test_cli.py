@@ -9,7 +9,7 @@ import pytest
 
 from refusal_direction import cli, pipeline
 from refusal_direction.artifacts import file_names
-from refusal_direction.config import TEXT, Config
+from refusal_direction.config import TEXT, UNFINISHED, Config
 from refusal_direction.engine.interventions import ResidualStream
 from refusal_direction.errors import UnsupportedModelError
 
@@ -137,7 +137,9 @@ def test_an_error_is_one_message_without_traceback_and_exit_code_2(
     assert errors[0].startswith("Error: ")
     assert "Traceback" not in shown.err
     assert shown.out == ""
-    assert list((tmp_path / "out").iterdir() if (tmp_path / "out").exists() else ()) == []
+    left = {path.name for path in (tmp_path / "out").iterdir()} if (tmp_path / "out").exists() else set()
+    assert left <= {UNFINISHED}
+    assert ("--resume" in shown.err) == bool(left)
 
 
 def test_an_output_folder_that_cannot_be_written_is_found_before_the_work(
@@ -149,7 +151,7 @@ def test_an_output_folder_that_cannot_be_written_is_found_before_the_work(
     assert "Choose another --output_dir" in capsys.readouterr().err
 
 
-def test_an_interrupted_run_leaves_nothing_behind(
+def test_an_interrupted_run_leaves_no_results_behind(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def interrupted(*args: object, **kwargs: object) -> None:
@@ -158,7 +160,7 @@ def test_an_interrupted_run_leaves_nothing_behind(
     monkeypatch.setattr(pipeline, "score_candidates", interrupted)
     assert run(output=tmp_path) == 130
     assert "Interrupted" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [UNFINISHED]
 
 
 def test_an_unsupported_model_is_refused(

@@ -55,7 +55,7 @@ class Budget:
         kept: int = 0,
     ) -> None:
         self._model, self._memory, self._batch_size, self.kept = model, memory, batch_size, kept
-        self._widest = max(max(weight.shape[-2:]) for layer in layers for weight in layer.parameters() if weight.ndim)
+        self._widest = max(_width(module) for layer in layers for module in layer.modules())
         self._vocab = model.config.get_text_config().vocab_size
         self._shrunk = 1.0
         self.hidden_bytes = 0
@@ -108,6 +108,13 @@ class Budget:
         wanted = max(1, tried // 2)
         while limit() > wanted:
             self._shrunk *= max(1.01, limit() / (wanted + 0.5))
+
+
+def _width(module: nn.Module) -> int:
+    """The widest that its input or output is; quantised weights are packed, so their shapes do not tell."""
+    if isinstance(module, nn.Linear):
+        return max(module.in_features, module.out_features)
+    return max((max(weight.shape[-2:]) for weight in module.parameters(recurse=False) if weight.ndim), default=1)
 
 
 def halving(through: Callable[[slice], None], total: int, budget: Budget, limit: Callable[[], int]) -> None:
