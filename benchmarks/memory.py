@@ -1,6 +1,6 @@
 """What --memory_budget holds: peak memory beside the model against the budget, each in a process of its own.
 
-    python benchmarks/memory.py [--budgets 512MiB 768MiB 1GiB] [--layers 4] [--n_val 128]
+    python benchmarks/memory.py [--budgets 512MiB 768MiB 1GiB] [--layers 2] [--n_val 128]
 
 A random Gemma as in scoring.py on many long prompts, so that every budget is too little for all rows at once.
 """
@@ -49,8 +49,8 @@ def _run(budget: int | None, options: argparse.Namespace, pipe: Any) -> None:
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--budgets", nargs="+", default=["512MiB", "768MiB", "1GiB"])
-    arguments.add_argument("--layers", type=int, default=4)
-    arguments.add_argument("--tokens", type=int, default=120)
+    arguments.add_argument("--layers", type=int, default=2)
+    arguments.add_argument("--tokens", type=int, default=100)
     arguments.add_argument("--n_val", type=int, default=128)
     arguments.add_argument("--data_dir", type=Path, default=Path("data"))
     options = arguments.parse_args()
