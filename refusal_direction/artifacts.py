@@ -30,8 +30,10 @@ from refusal_direction.config import TEXT, VISION, Rules
 from refusal_direction.engine.residency import execution_device
 from refusal_direction.errors import OutputError
 from refusal_direction.pipeline import Direction
+from refusal_direction.search import Measure
 
 if TYPE_CHECKING:
+    from refusal_direction.choice import Choice
     from refusal_direction.pipeline import Extraction
 
 __all__ = ["SCHEMA_VERSION", "check_writable", "file_names", "load_direction", "write"]
@@ -177,11 +179,32 @@ def _metadata(extraction: Extraction) -> dict[str, Any]:
 
 
 def _scores(extraction: Extraction) -> list[dict[str, Any]]:
-    n_positions = extraction.candidates.shape[0]
+    """For each candidate its mean scores, on how many prompts it was run, and why it was not chosen.
+
+    A mean is null where the candidate was not measured on every prompt, or a score is NaN.
+    """
+    n_positions, choice = extraction.candidates.shape[0], extraction.choice
     rows = [asdict(score) for score in extraction.means]
     if extraction.config.rules.images:
         rows = [{**row, "position_index": row["position"] + n_positions} for row in rows]
-    return rows
+    names = {"ablation_refusal": Measure.ABLATION, "steering_refusal": Measure.STEERING, "kl_div": Measure.KL}
+    return [
+        {
+            **row,
+            "measured": {name: int(choice.measured[measure][index]) for name, measure in names.items()},
+            "dropped": choice.selection.dropped[index],
+        }
+        for index, row in enumerate(rows)
+    ]
+
+
+def _search(choice: Choice) -> dict[str, Any]:
+    return {
+        "name": choice.search,
+        "prompt_evaluations": choice.evaluations,
+        "prompt_evaluations_of_exhaustive": choice.exhaustive,
+        "sweeps": choice.sweeps,
+    }
 
 
 def _run(extraction: Extraction) -> dict[str, Any]:
@@ -203,6 +226,7 @@ def _run(extraction: Extraction) -> dict[str, Any]:
         },
         "template": chat.template_settings,
         "warnings": extraction.warnings,
+        "search": _search(extraction.choice),
         "engine": {"name": extraction.engine, "largest_leak": extraction.leak, "processes": processes.size()},
         "eoi_tokens": [{"id": token, "text": chat.text_of(token)} for token in chat.eoi_tokens],
         "refusal_tokens": {
@@ -251,7 +275,10 @@ def _versions() -> dict[str, str | None]:
 
 
 def _save_per_prompt(extraction: Extraction, path: Path) -> None:
-    """Tensors (candidate, prompt); candidates in (position, layer) order; the prompts' ids stand in the metadata."""
+    """Tensors (candidate, prompt); candidates in (position, layer) order; the prompts' ids stand in the metadata.
+
+    NaN where not measured.
+    """
     scores, everything, kept = extraction.scores, extraction.prompts.everything, extraction.kept
     save_file(
         {"ablation_refusal": scores.ablation, "steering_refusal": scores.steering, "kl_div": scores.kl},

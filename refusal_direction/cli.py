@@ -114,9 +114,11 @@ def parser(defaults: Config = Config()) -> argparse.ArgumentParser:
         default=defaults.thresholds.prune_layers,
         help="... from this last part of the layers",
     )
+    searches = defaults.rules.searches
+    fewer = f"exhaustive: score them all; pruned: choose alike with less work (default: {searches[0]})"
+    add(method, "search", choices=searches, help=fewer)
     if vision:
         add(method, "top_k_candidates", type=int, default=VISION.top_k, metavar="K", help="score so many of lowest KL")
-        add(method, "search", choices=("kl_first", "exhaustive"), default="kl_first", help="exhaustive: score them all")
     add(output, "output_dir", type=Path, default=defaults.output_dir, help="folder of the results")
     add(output, "resume", action="store_true", help="go on with a run that was cut off, from what it had finished")
     add(output, "sanity", action="store_true", help="show a few baseline, ablated and steered completions at the end")
@@ -140,12 +142,13 @@ def config_from(arguments: argparse.Namespace, rules: Rules = TEXT) -> Config:
     if arguments.refusal_tokens and arguments.calibrate_refusal:
         raise ConfigurationError("--refusal_tokens and --calibrate_refusal exclude each other: give one.")
     if rules.images:
-        rules = replace(rules, top_k=None if arguments.search == "exhaustive" else arguments.top_k_candidates)
+        rules = replace(rules, top_k=arguments.top_k_candidates)
     return Config(
         rules=rules,
         model=_some_of(ModelSource, arguments),
         prompts=_some_of(PromptSource, arguments),
         thresholds=Thresholds(arguments.kl_threshold, arguments.induce_threshold, arguments.prune_layers),
+        search=arguments.search,
         output_dir=arguments.output_dir,
         batch_size=arguments.batch_size,
         memory_budget=arguments.memory_budget,

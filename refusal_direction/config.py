@@ -92,13 +92,31 @@ class Rules:
     refill: bool
     """Where it leaves fewer, take the most fitting of the others instead of giving up."""
     top_k: int | None
-    """Measure the KL divergence first, and the rest only for so many candidates of lowest KL; None: for all."""
+    """Consider only so many candidates, those of lowest KL; None, or an exhaustive search: all."""
     relative_steering: bool
     """The steering threshold counts from the baseline's mean, and is waived where no candidate reaches it."""
+    searches: tuple[str, ...]
+    """How the selected candidate can be found, the default first."""
 
 
-TEXT = Rules(images=False, positions=None, least_prompts=4, refill=False, top_k=None, relative_steering=False)
-VISION = Rules(images=True, positions=3, least_prompts=8, refill=True, top_k=15, relative_steering=True)
+TEXT = Rules(
+    images=False,
+    positions=None,
+    least_prompts=4,
+    refill=False,
+    top_k=None,
+    relative_steering=False,
+    searches=("exhaustive", "pruned"),
+)
+VISION = Rules(
+    images=True,
+    positions=3,
+    least_prompts=8,
+    refill=True,
+    top_k=15,
+    relative_steering=True,
+    searches=("kl_first", "exhaustive", "pruned"),
+)
 
 
 @dataclass(frozen=True)
@@ -109,6 +127,9 @@ class Config:
     model: ModelSource = field(default_factory=ModelSource)
     prompts: PromptSource = field(default_factory=PromptSource)
     thresholds: Thresholds = field(default_factory=Thresholds)
+    search: str | None = None
+    """exhaustive: score every candidate. kl_first (images with text): KL of all, the rest for those of lowest KL. pruned:
+    find the same candidate with a fraction of the work. None: the first of the rules' `searches`."""
     output_dir: Path = Path("artifacts")
     batch_size: int | None = None
     """At most so many rows go through a layer at once; None derives it from free memory."""

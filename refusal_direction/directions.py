@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-__all__ = ["ablate", "mean_difference", "precise", "share_along", "unit", "NULL_NORM"]
+__all__ = ["ablate", "mean_difference", "precise", "promise", "share_along", "unit", "NULL_NORM"]
 
 NULL_NORM = 1e-12
 """A candidate shorter than this intervenes nowhere: its ablation scales x by less than one part in 10^8 (see `unit`)."""
@@ -55,6 +55,19 @@ def ablate(
     rows = x.reshape(len(u), -1, u.shape[-1])
     along = torch.bmm(rows, u.unsqueeze(-1))
     return torch.baddbmm(rows, along, u.unsqueeze(1), alpha=-1).view(x.shape)
+
+
+def promise(
+    candidates: Float[Tensor, "position layer d_model"], harmless: Float[Tensor, "harmless position layer d_model"]
+) -> Float[Tensor, "position layer"]:
+    """A cheap guess at which candidates carry refusal best: the higher, the more promising.
+
+    How far a candidate separates the means, relative to the length of the stream there, times its cosine with the
+    direction that arrives at the last token after the last layer: what the head reads.
+    """
+    lengths = harmless.norm(dim=-1).mean(0, dtype=candidates.dtype)
+    units = unit(candidates)
+    return (units @ units[-1, -1]) * candidates.norm(dim=-1) / lengths.clamp_min(1e-30)
 
 
 def share_along(x: Float[Tensor, "row token d_model"], u: Float[Tensor, "row d_model"]) -> float:

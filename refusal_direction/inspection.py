@@ -17,6 +17,7 @@ from statistics import median_low
 import torch
 from torch import Tensor
 
+from refusal_direction.choice import how
 from refusal_direction.config import Config
 from refusal_direction.engine import Candidates, Engine, Kind, Row
 from refusal_direction.engine.residency import execution_device
@@ -110,7 +111,8 @@ def _sweeps(ready: Prepared, config: Config) -> dict[str, list[Row]]:
     harmful, harmless = indices["harmful_val"], indices["harmless_val"]
     n_layers = len(ready.engine.stream.layers)
     every = range(ready.chat.n_positions * n_layers)
-    top_k = config.rules.top_k if config.rules.relative_steering else None
+    search = how(config)
+    top_k = config.rules.top_k if search == "kl_first" else None
     among = every if top_k is None else [n_layers // 2] * min(top_k, len(every))
     kl = [Row(prompt, Kind.ABLATION, candidate) for candidate in every for prompt in harmless]
     rest = [
@@ -120,6 +122,8 @@ def _sweeps(ready: Prepared, config: Config) -> dict[str, list[Row]]:
         for prompt in prompts
     ]
     baseline = [Row(prompt) for prompt in range(len(ready.prompts.everything))]
+    if search == "pruned":  # in several sweeps, of fewer rows
+        return {"baseline": baseline, "interventions, at most": kl + rest}
     if config.rules.relative_steering:
         return {"baseline": baseline, "KL divergence": kl, "ablation and steering": rest}
     return {"baseline": baseline, "interventions": kl + rest}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,9 +15,10 @@ from torch import Tensor
 
 from refusal_direction import prompts as prompt_sources
 from refusal_direction.checkpoints import Checkpoints, fingerprint
+from refusal_direction.choice import Choice, Progress, Setting, choose, how
 from refusal_direction.config import VISION_CONFIG, Config
 from refusal_direction.directions import mean_difference
-from refusal_direction.engine import Candidates, Engine
+from refusal_direction.engine import Engine
 from refusal_direction.engine.interventions import ResidualStream
 from refusal_direction.engine.residency import execution_device
 from refusal_direction.errors import PromptError, TokenizerError, TooFewPromptsError, UnsupportedModelError
@@ -28,25 +29,8 @@ from refusal_direction.models.loading import load
 from refusal_direction.models.refusal_tokens import Mass, RefusalTokens
 from refusal_direction.models.vision import VisionChatModel
 from refusal_direction.prompts.sets import PromptSets
-from refusal_direction.scoring import (
-    ALL,
-    Baseline,
-    Measure,
-    Scores,
-    intervention_rows,
-    kept_bytes,
-    measure_baseline,
-    null_candidates,
-    score_candidates,
-)
-from refusal_direction.selection import (
-    CandidateScore,
-    Selection,
-    keep_fitting,
-    select,
-    select_survivor,
-    survivors,
-)
+from refusal_direction.scoring import Baseline, Scores, kept_bytes, measure_baseline
+from refusal_direction.selection import CandidateScore, Selection, keep_fitting
 from refusal_direction.store import NOWHERE, Store
 
 if TYPE_CHECKING:
@@ -55,9 +39,6 @@ if TYPE_CHECKING:
 __all__ = ["Direction", "Extraction", "Prepared", "Progress", "extract", "prepare"]
 
 log = logging.getLogger(__name__)
-
-Progress = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
-"""Given a description and a total, a context whose value is called with each bit of work done."""
 
 
 @dataclass(frozen=True)
@@ -88,10 +69,8 @@ class Extraction:
     """What probability the tokens hold on "harmful" and on "harmless" prompts."""
     baseline: Baseline = field(repr=False)
     candidates: Float[Tensor, "position layer d_model"] = field(repr=False)
-    scores: Scores = field(repr=False)
-    means: tuple[CandidateScore, ...] = field(repr=False)
-    """Mean scores in (position, layer) order."""
-    selection: Selection
+    choice: Choice
+    """Which candidate was chosen, and the scores that it was chosen by."""
     engine: str
     """Which engine ran."""
     leak: float
@@ -102,6 +81,19 @@ class Extraction:
     """Wall time of each stage."""
     peak_memory: int
     """Most memory held at once, in bytes."""
+
+    @property
+    def scores(self) -> Scores:
+        return self.choice.scores
+
+    @property
+    def means(self) -> tuple[CandidateScore, ...]:
+        """Mean scores in (position, layer) order."""
+        return self.choice.means
+
+    @property
+    def selection(self) -> Selection:
+        return self.choice.selection
 
     @property
     def direction(self) -> Direction:
@@ -134,6 +126,7 @@ def extract(
     Raises RefusalDirectionError: see refusal_direction.errors for every case.
     """
     config, chat = _resolve(model, config)
+    how(config)  # an unknown search is found out before the work
     clock = _Clock()
     with recorded_warnings() as warnings:
         ready = prepare(config, chat=chat, prompts=prompts, seconds=clock.seconds, progress=progress is not None)
@@ -147,7 +140,7 @@ def extract(
             kept = keep_fitting(baseline.refusal, prompts.indices(), skip=config.skip_filter, rules=config.rules)
         candidates = _candidates(baseline, kept)
         with clock("interventions"):
-            scores, means, selection = _choose(engine, tokens, candidates, baseline, kept, config, progress)
+            choice = choose(Setting(engine, tokens, candidates, baseline, kept, store), config, progress)
     return Extraction(
         config=config,
         chat=chat,
@@ -157,9 +150,7 @@ def extract(
         mass=mass,
         baseline=replace(baseline, activations=torch.empty(0), logits={}),
         candidates=candidates,
-        scores=scores,
-        means=means,
-        selection=selection,
+        choice=choice,
         engine=engine.name,
         leak=engine.leak,
         warnings=tuple(warnings),
@@ -334,47 +325,3 @@ def _mass(baseline: Baseline, prompts: PromptSets, tokens: RefusalTokens) -> dic
 
 def _candidates(baseline: Baseline, kept: dict[str, list[int]]) -> Float[Tensor, "position layer d_model"]:
     return mean_difference(baseline.activations[kept["harmful_train"]], baseline.activations[kept["harmless_train"]])
-
-
-def _choose(
-    engine: Engine,
-    tokens: RefusalTokens,
-    candidates: Float[Tensor, "position layer d_model"],
-    baseline: Baseline,
-    kept: dict[str, list[int]],
-    config: Config,
-    progress: Progress,
-) -> tuple[Scores, tuple[CandidateScore, ...], Selection]:
-    """Score the candidates and select one: all at once, or (vision) by KL first and the rest for its survivors."""
-    n_positions, n_layers, _ = candidates.shape
-    flat = Candidates(candidates.flatten(0, 1), tuple(range(n_layers)) * n_positions)
-
-    def scored(sweep: str, measures: frozenset[Measure], among: Sequence[int] | None = None) -> Scores:
-        harmful, harmless = kept["harmful_val"], kept["harmless_val"]
-        rows = intervention_rows(flat, harmful=harmful, harmless=harmless, measures=measures, among=among)
-        with progress(sweep, engine.work(rows, flat)) as tick:
-            return score_candidates(engine, tokens, flat, rows, baseline, kept, tick)
-
-    null = frozenset(torch.nonzero(null_candidates(flat)).flatten().tolist())
-    if not config.rules.relative_steering:
-        scores = scored("Sweep 2: interventions", ALL)
-        means = _means(scores, n_positions, n_layers)
-        return scores, means, select(means, n_layers, config.thresholds, null)
-    scores = scored("Sweep 2: KL divergence", frozenset({Measure.KL}))
-    means = _means(scores, n_positions, n_layers)
-    top_k = len(means) if config.rules.top_k is None else config.rules.top_k
-    finalists = survivors(means, n_layers, config.thresholds, top_k, null)
-    among = range(len(means)) if config.rules.top_k is None else finalists
-    scores = scores.with_more(scored("Sweep 3: ablation and steering", ALL - {Measure.KL}, among))
-    means = _means(scores, n_positions, n_layers)
-    harmless = float(baseline.refusal[kept["harmless_val"]].mean())
-    return scores, means, select_survivor(means, finalists, config.thresholds, harmless)
-
-
-def _means(scores: Scores, n_positions: int, n_layers: int) -> tuple[CandidateScore, ...]:
-    columns = [part.mean(dim=1).tolist() for part in (scores.ablation, scores.steering, scores.kl)]
-    return tuple(
-        CandidateScore(position - n_positions, layer, *(column[position * n_layers + layer] for column in columns))
-        for position in range(n_positions)
-        for layer in range(n_layers)
-    )

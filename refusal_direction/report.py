@@ -12,6 +12,7 @@ from refusal_direction.engine.interventions import ablated, steered
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from refusal_direction.choice import Choice
     from refusal_direction.config import Config
     from refusal_direction.inspection import Inspection
     from refusal_direction.pipeline import Extraction
@@ -56,7 +57,8 @@ def results(extraction: Extraction) -> str:
     title = (
         f"Refusal direction of {extraction.chat.model_id}: position {chosen.score.position}, layer {chosen.score.layer}"
     )
-    return "\n".join([f"{title} (of {n_layers} layers)", "", *lines, "", _refusal_tokens(extraction)])
+    lines += ["", _refusal_tokens(extraction), *_effort(extraction.choice)]
+    return "\n".join([f"{title} (of {n_layers} layers)", "", *lines])
 
 
 def _refusal_tokens(extraction: Extraction) -> str:
@@ -66,6 +68,15 @@ def _refusal_tokens(extraction: Extraction) -> str:
         f"Refusal tokens: {named}, {tokens.source}. They hold {mass['harmful'].median:.1%} of the probability on harmful\n"
         f"prompts and {mass['harmless'].median:.1%} on harmless ones (medians)."
     )
+
+
+def _effort(choice: Choice) -> list[str]:
+    """What a pruned search saved."""
+    if choice.search != "pruned":
+        return []
+    share = f"{choice.evaluations / choice.exhaustive:.0%} of the {choice.exhaustive} that score every candidate"
+    done = f"{choice.evaluations} prompt evaluations in {choice.sweeps} sweeps prove the choice ({share})."
+    return [f"Pruned search: {done}"]
 
 
 def files(config: Config) -> str:

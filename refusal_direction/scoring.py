@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +13,7 @@ from refusal_direction.directions import NULL_NORM
 from refusal_direction.engine import Candidates, Engine, Kind, Row
 from refusal_direction.metrics import kl_divergence, refusal_mass, refusal_score
 from refusal_direction.processes import everywhere, share, summed
+from refusal_direction.search import Cell, Measure
 from refusal_direction.store import NOWHERE, Store
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ __all__ = [
     "kept_bytes",
     "measure_baseline",
     "null_candidates",
+    "rows_of",
     "score_candidates",
 ]
 
@@ -67,6 +68,10 @@ class Scores:
     """Refusal scores of the harmless validation prompts under activation addition."""
     kl: Float[Tensor, "candidate harmless"]
     """KL divergence of the harmless validation prompts under directional ablation, in nats."""
+
+    def of(self, measure: Measure) -> Float[Tensor, "candidate prompt"]:
+        """The scores by one measure."""
+        return {Measure.ABLATION: self.ablation, Measure.KL: self.kl, Measure.STEERING: self.steering}[measure]
 
     def with_more(self, more: Scores) -> Scores:
         """These scores, and where they are NaN (not measured) those of `more`."""
@@ -137,14 +142,6 @@ def _baseline(part: Mapping[str, Tensor], kept: Sequence[int]) -> Baseline:
     return Baseline(part["refusal"], part["mass"], part["activations"], logits)
 
 
-class Measure(Enum):
-    """What a candidate is scored by."""
-
-    ABLATION = "ablation"
-    KL = "kl"
-    STEERING = "steering"
-
-
 ALL = frozenset(Measure)
 
 
@@ -174,6 +171,18 @@ def intervention_rows(
         for measure, prompts, kind in needs
         if measure in measures
         for prompt in prompts
+    ]
+
+
+def rows_of(cells: Sequence[Cell], *, harmful: Sequence[int], harmless: Sequence[int]) -> list[Row]:
+    """The rows that measure the cells of a search."""
+    return [
+        Row(
+            (harmful if cell.measure is Measure.ABLATION else harmless)[cell.prompt],
+            Kind.STEERING if cell.measure is Measure.STEERING else Kind.ABLATION,
+            cell.candidate,
+        )
+        for cell in cells
     ]
 
 

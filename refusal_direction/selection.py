@@ -6,17 +6,31 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import IntEnum
 from typing import TYPE_CHECKING
 
-from refusal_direction.config import TEXT, Rules, Thresholds
+from refusal_direction.config import TEXT, VISION, Rules, Thresholds
 from refusal_direction.errors import NoCandidateError, TooFewPromptsError
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-__all__ = ["CandidateScore", "Selection", "keep_fitting", "layer_limit", "select", "select_survivor", "survivors"]
+__all__ = [
+    "CandidateScore",
+    "Fate",
+    "Selection",
+    "keep_fitting",
+    "layer_limit",
+    "reasons",
+    "select",
+    "select_survivor",
+    "selection",
+    "survivors",
+    "warn_of_relaxed_kl",
+    "warn_of_waived_steering",
+]
 
 
 log = logging.getLogger(__name__)
@@ -34,13 +48,35 @@ class CandidateScore:
     kl_div: float
 
 
+class Fate(IntEnum):
+    """What became of a candidate. Where several are true, the first is given."""
+
+    NULL = 0
+    """Of length zero."""
+    BROKEN = 1
+    """A score is NaN."""
+    LAYER = 2
+    KL = 3
+    RANK = 4
+    """Not among those of lowest KL."""
+    STEERING = 5
+    BEATEN = 6
+    """Another has a lower ablation score, or an equal one and stands first."""
+    OPEN = 7
+    """Not decided yet (pruned search)."""
+    BEST = 8
+
+
 @dataclass(frozen=True)
 class Selection:
-    """The candidate chosen, and how many each condition discarded (a candidate counts for the first it fails)."""
+    """The candidate chosen, and what became of the others."""
 
     index: int
     score: CandidateScore
     discarded: dict[str, int]
+    """How many each condition discarded; a candidate counts for the first that it fails."""
+    dropped: tuple[str | None, ...]
+    """Why each candidate was not chosen, in (position, layer) order; None for the one that was."""
 
 
 def keep_fitting(
@@ -108,24 +144,42 @@ def survivors(
     limit = layer_limit(n_layers, thresholds)
     fitting = [i for i in measured if scores[i].layer < limit and scores[i].kl_div <= thresholds.kl]
     if not fitting:
-        log.warning(
-            "No candidate has a KL of %g or less below layer %d; those of lowest KL are used.", thresholds.kl, limit
-        )
+        warn_of_relaxed_kl(thresholds, limit)
     return sorted(sorted(fitting or measured, key=lambda index: scores[index].kl_div)[:top_k])
 
 
-def _first_failure(score: CandidateScore, limit: int, thresholds: Thresholds, null: bool) -> str | None:
+def reasons(rules: Rules, limit: int, thresholds: Thresholds) -> dict[Fate, str]:
+    """What to say of a candidate that was not chosen."""
+    steering = f"steering score < {thresholds.induce:g} (--induce_threshold)"
+    return {
+        Fate.NULL: "length zero",
+        Fate.BROKEN: "a score is NaN",
+        Fate.LAYER: f"layer >= {limit} (--prune_layers {thresholds.prune_layers:g})",
+        Fate.KL: f"KL > {thresholds.kl:g} (--kl_threshold)",
+        Fate.RANK: "not among those of lowest KL",
+        Fate.STEERING: "steering score below the baseline" if rules.relative_steering else steering,
+        Fate.BEATEN: "another's ablation score is lower",
+    }
+
+
+def selection(index: int, score: CandidateScore, fates: Sequence[Fate], said: dict[Fate, str]) -> Selection:
+    """The selection of a candidate, with `reasons` for what became of the others."""
+    dropped = tuple(None if place == index else said[fate] for place, fate in enumerate(fates))
+    losers = (None, said[Fate.BEATEN])
+    discarded = Counter(reason for reason in dropped if reason is not None and reason not in losers)
+    return Selection(index, score, dict(discarded), dropped)
+
+
+def _fate(score: CandidateScore, limit: int, thresholds: Thresholds, null: bool) -> Fate:
     if null:
-        return "length zero"
+        return Fate.NULL
     if any(math.isnan(value) for value in (score.ablation_refusal, score.steering_refusal, score.kl_div)):
-        return "a score is NaN"
+        return Fate.BROKEN
     if score.layer >= limit:
-        return f"layer >= {limit} (--prune_layers {thresholds.prune_layers:g})"
+        return Fate.LAYER
     if score.kl_div > thresholds.kl:
-        return f"KL > {thresholds.kl:g} (--kl_threshold)"
-    if score.steering_refusal < thresholds.induce:
-        return f"steering score < {thresholds.induce:g} (--induce_threshold)"
-    return None
+        return Fate.KL
+    return Fate.STEERING if score.steering_refusal < thresholds.induce else Fate.BEATEN
 
 
 def select(
@@ -138,14 +192,15 @@ def select(
     Raises NoCandidateError, with the nearest misses, where none is admissible.
     """
     limit = layer_limit(n_layers, thresholds)
-    failures = [_first_failure(score, limit, thresholds, index in null) for index, score in enumerate(scores)]
-    admissible = [index for index, failure in enumerate(failures) if failure is None]
-    discarded = dict(Counter(failure for failure in failures if failure is not None))
+    fates = [_fate(score, limit, thresholds, index in null) for index, score in enumerate(scores)]
+    admissible = [index for index, fate in enumerate(fates) if fate is Fate.BEATEN]
+    said = reasons(TEXT, limit, thresholds)
     if not admissible:
         alive = [score for index, score in enumerate(scores) if index not in null]
+        discarded = dict(Counter(said[fate] for fate in fates))
         raise NoCandidateError(_explanation(len(scores), alive, limit, thresholds, discarded))
     best = _lowest_ablation(scores, admissible)
-    return Selection(best, scores[best], discarded)
+    return selection(best, scores[best], fates, said)
 
 
 def select_survivor(
@@ -165,16 +220,31 @@ def select_survivor(
     floor = baseline + thresholds.induce
     inducing = [index for index in scored if scores[index].steering_refusal >= floor]
     if not inducing:
-        log.warning("No candidate reaches a steering score of %.2f when added; the condition is waived.", floor)
+        warn_of_waived_steering(floor)
     best = _lowest_ablation(scores, inducing or scored)
-    return Selection(
-        best,
-        scores[best],
-        {
-            "not among those of lowest KL": len(scores) - len(finalists),
-            "steering score below the baseline": len(scored) - len(inducing) if inducing else 0,
-        },
+
+    def fate(index: int) -> Fate:
+        if index not in finalists:
+            return Fate.RANK
+        if index not in scored:
+            return Fate.BROKEN
+        return Fate.BEATEN if index in (inducing or scored) else Fate.STEERING
+
+    said = reasons(VISION, 0, thresholds)  # of a layer or a KL nothing is said: finalists have been chosen by them
+    chosen = selection(best, scores[best], [fate(index) for index in range(len(scores))], said)
+    counts = {said[Fate.RANK]: len(scores) - len(finalists), said[Fate.STEERING]: 0}
+    return replace(chosen, discarded={name: chosen.discarded.get(name, count) for name, count in counts.items()})
+
+
+def warn_of_relaxed_kl(thresholds: Thresholds, limit: int) -> None:
+    """Of the layers and the KL."""
+    log.warning(
+        "No candidate has a KL of %g or less below layer %d; those of lowest KL are used.", thresholds.kl, limit
     )
+
+
+def warn_of_waived_steering(floor: float) -> None:
+    log.warning("No candidate reaches a steering score of %.2f when added; the condition is waived.", floor)
 
 
 def _lowest_ablation(scores: Sequence[CandidateScore], among: Sequence[int]) -> int:
@@ -184,7 +254,7 @@ def _lowest_ablation(scores: Sequence[CandidateScore], among: Sequence[int]) -> 
 def _explanation(
     count: int, scores: Sequence[CandidateScore], limit: int, thresholds: Thresholds, discarded: dict[str, int]
 ) -> str:
-    reasons = "; ".join(f"{count} by {reason}" for reason, count in discarded.items())
+    by_reason = "; ".join(f"{count} by {reason}" for reason, count in discarded.items())
 
     def excess(score: CandidateScore) -> float:
         too_far = max(0.0, score.kl_div - thresholds.kl) / max(thresholds.kl, 0.01)
@@ -201,7 +271,7 @@ def _explanation(
     ]
     misses = "\nThe nearest misses:\n" + "\n".join(lines) if lines else ""
     return (
-        f"None of {count} candidates passes every condition: {reasons}. No direction in this model both carries refusal "
+        f"None of {count} candidates passes every condition: {by_reason}. No direction in this model both carries refusal "
         f"and leaves harmless behaviour alone, by these thresholds. Nothing was written.{misses}"
     )
 

@@ -46,7 +46,9 @@ def test_the_files_have_the_names_shapes_and_keys_of_the_specification(extractio
     assert [(row["position"], row["layer"]) for row in scores] == [
         (position, layer) for position in range(-n_positions, 0) for layer in range(n_layers)
     ]
-    assert set(scores[0]) == {"position", "layer", "ablation_refusal", "steering_refusal", "kl_div"}
+    assert set(scores[0]) == {
+        "position", "layer", "ablation_refusal", "steering_refusal", "kl_div", "measured", "dropped"
+    }  # fmt: skip
 
 
 def test_the_direction_is_a_copy_and_not_a_view_of_all_candidates(extraction: Extraction, tmp_path: Path):
@@ -82,7 +84,8 @@ def test_per_prompt_scores_average_to_the_scores(extraction: Extraction, tmp_pat
 
 def test_json_has_null_for_nan(extraction: Extraction, tmp_path: Path):
     broken = replace(extraction.means[0], kl_div=float("nan"))
-    artifacts.write(replace(extraction, means=(broken, *extraction.means[1:])), tmp_path)
+    choice = replace(extraction.choice, means=(broken, *extraction.means[1:]))
+    artifacts.write(replace(extraction, choice=choice), tmp_path)
     text = (tmp_path / "all_direction_scores.json").read_text()
     assert "NaN" not in text
     assert json.loads(text)[0]["kl_div"] is None

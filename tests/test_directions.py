@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from refusal_direction.directions import NULL_NORM, ablate, mean_difference, precise, unit
+from refusal_direction.directions import NULL_NORM, ablate, mean_difference, precise, promise, unit
 
 sizes = st.tuples(st.integers(1, 5), st.integers(1, 7), st.integers(1, 40))
 seeds = st.integers(0, 2**31 - 1)
@@ -164,6 +164,18 @@ def test_mean_difference_is_antisymmetric_and_ignores_what_is_common(n: int, see
     assert torch.allclose(mean_difference(harmless, harmful), -r)
     assert torch.allclose(mean_difference(harmful + shift, harmless + shift), r, atol=1e-12)
     assert torch.allclose(mean_difference(harmful + shift, harmless), r + shift, atol=1e-12)
+
+
+def test_the_more_a_candidate_has_of_what_the_head_reads_the_more_it_promises() -> None:
+    end = torch.tensor([3.0, 0.0, 0.0, 0.0]).double()
+    across = torch.tensor([0.0, 3.0, 0.0, 0.0]).double()
+    candidates = torch.stack([0.1 * end, across, end, -end, end]).unsqueeze(0)  # one position, five layers
+    stream = torch.randn(6, 1, 5, 4, generator=torch.Generator().manual_seed(0))
+    stream /= stream.norm(dim=-1, keepdim=True)
+    promised = promise(candidates, stream)[0]
+    assert promised.argsort(descending=True, stable=True).tolist() == [2, 4, 0, 1, 3]
+    stream[:, :, 2] *= 50  # where the stream is long, a difference of means says less
+    assert promise(candidates, stream)[0].argmax() == 4
 
 
 def test_no_argument_is_changed() -> None:

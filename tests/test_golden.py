@@ -93,6 +93,16 @@ def test_run_was_layer_major_and_left_nothing_along_the_directions(run: Run) -> 
     assert 0 < run.extraction.leak < 1e-5
 
 
+def test_a_pruned_search_selects_the_same_with_a_quarter_of_the_work(run: Run) -> None:
+    found = extract(run.extraction.chat, Config(search="pruned"), prompts=run.extraction.prompts)
+    assert found.selection.index == run.extraction.selection.index
+    for score in SCORES:  # rows are run together with other rows, so rounded differently
+        assert getattr(found.selection.score, score) == pytest.approx(getattr(run.extraction.selection.score, score))
+    assert run.extraction.choice.evaluations == found.choice.exhaustive
+    assert found.choice.evaluations <= 0.25 * found.choice.exhaustive
+    assert torch.equal(found.direction.vector, run.extraction.direction.vector)
+
+
 PUBLISHED = ("gemma-2b-it", "gemma-7b-it", "llama-3-8b-instruct")
 
 

@@ -11,7 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from refusal_direction.metrics import kl_divergence, refusal_mass, refusal_score
+from refusal_direction.metrics import (
+    LEAST_REFUSAL,
+    entropy,
+    kl_divergence,
+    kl_floor,
+    refusal_mass,
+    refusal_score,
+)
 
 LEAST_SCORE = math.log(1e-8) - math.log(1 + 1e-8)  # -18.42
 seeds = st.integers(0, 2**31 - 1)
@@ -122,3 +129,53 @@ def test_no_argument_is_changed() -> None:
     _ = refusal_mass(p, (1,)), refusal_score(p, (1,)), kl_divergence(p, q)
     assert torch.equal(p, copies[0])
     assert torch.equal(q, copies[1])
+
+
+# what no distribution can go below
+
+
+def test_the_least_refusal_score_is_its_formula() -> None:
+    assert abs(LEAST_REFUSAL - LEAST_SCORE) < 1e-12
+
+
+@given(logits(), seeds, scales)
+def test_no_distribution_has_a_kl_below_the_floor(values: Tensor, seed: int, scale: float) -> None:
+    """Random ones, near ones, and those that put everything where the baseline has most."""
+    generator = torch.Generator().manual_seed(seed)
+    floor = kl_floor(values)
+    others = scale * torch.randn(values.shape, generator=generator)
+    tempered = [values.double() * factor for factor in (0.0, 0.5, 1.0, 1.001, 1.5, 5.0, 1e4)]
+    for q in (others, values + 0.01 * others, *tempered):
+        assert (kl_divergence(values.double(), q.double()) >= floor - 1e-12).all()
+    assert (floor >= -math.log(1 + values.shape[-1] * 1e-6) - 1e-12).all()
+    assert (floor <= 1e-12).all()  # the baseline itself has none
+
+
+@given(logits())
+def test_the_floor_of_the_kl_is_reached(values: Tensor) -> None:
+    """By filling P up from the top: found by bisection for the level, independently."""
+    p = softmax(values)
+    for row, floor in zip(p, kl_floor(values).tolist(), strict=True):
+        low, high = 0.0, 1e12
+        for _ in range(200):
+            level = (low + high) / 2
+            low, high = (level, high) if np.maximum(level * row - 1e-6, 0).sum() < 1 else (low, level)
+        q = np.maximum(low * row - 1e-6, 0)
+        assert (row * (np.log(row + 1e-6) - np.log(q + 1e-6))).sum() == pytest.approx(floor, abs=1e-9)
+
+
+def test_a_certain_baseline_has_a_far_higher_floor_than_any_baseline() -> None:
+    """With 256k tokens the bound that holds for any is -0.23, far more than the threshold of 0.1."""
+    values = torch.zeros(2, 256_000)
+    values[0, 0] = 30.0
+    certain, uniform = kl_floor(values).tolist()
+    assert -1e-5 < certain <= 0
+    assert uniform == pytest.approx(0.0, abs=1e-9)  # nothing is nearer to uniform than itself
+    assert -math.log(1 + 256_000e-6) < -0.22
+
+
+@given(logits())
+def test_entropy_is_that_of_the_distribution(values: Tensor) -> None:
+    p = softmax(values)
+    expected = -(p * np.log(np.where(p > 0, p, 1.0))).sum(-1)
+    np.testing.assert_allclose(entropy(values).numpy(), expected, rtol=1e-6, atol=1e-9)

@@ -44,10 +44,13 @@ def launched(count: int, output: Path, *arguments: str) -> subprocess.Popen[str]
     )
 
 
-def test_two_processes_write_the_artifacts_of_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("search", ["exhaustive", "pruned"])
+def test_two_processes_write_the_artifacts_of_one(search: str, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     for count, output in ((1, one), (2, two)):
-        run = launched(count, output)  # accelerate's own name for several processes, GPU or not, is --multi_gpu
+        run = launched(
+            count, output, "--search", search
+        )  # accelerate's own name for several processes, GPU or not, is --multi_gpu
         out, err = run.communicate(timeout=120)
         assert run.returncode == 0, err
         assert out.count("| Metric") == 1  # the first process alone prints

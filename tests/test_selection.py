@@ -23,6 +23,8 @@ def test_the_lowest_ablation_score_is_selected():
     scores = [candidate(-2, 0), candidate(-2, 1, ablation_refusal=-7.0), candidate(-1, 0, ablation_refusal=-6.0)]
     chosen = select(scores, 10, Thresholds())
     assert (chosen.index, chosen.score, chosen.discarded) == (1, scores[1], {})
+    beaten = "another's ablation score is lower"
+    assert chosen.dropped == (beaten, None, beaten)
 
 
 def test_a_tie_goes_to_the_first_in_position_layer_order():

@@ -36,6 +36,7 @@ SPECIFIED = {
     "candidate_directions_vlm.pt",
     "all_direction_scores_vlm.json",
 }
+SCORES = ("ablation_refusal", "steering_refusal", "kl_div")
 QUESTIONS = ("What is shown?", "How is this made?", "Where is it from, and who made it?", "Why?")
 
 
@@ -123,7 +124,7 @@ def test_the_files_hold_what_is_specified(run: Run, made: Path, tmp_path: Path) 
         (position, position - 3, layer) for position in range(3) for layer in range(N_LAYERS)
     ]
     chosen = scores[metadata["position_index"] * N_LAYERS + metadata["layer"]]
-    for name in ("ablation_refusal", "steering_refusal", "kl_div"):
+    for name in SCORES:
         assert metadata[name] == pytest.approx(chosen[name])
 
 
@@ -158,11 +159,11 @@ def test_an_exhaustive_search_scores_every_candidate_alike(run: Run, tmp_path: P
     few = scores_of(tmp_path)
     assert run("--search", "exhaustive") == 0
     every = scores_of(tmp_path)
-    assert all(value is not None for row in every for value in row.values())
+    assert all(row[name] is not None for row in every for name in SCORES)
     assert any(row["ablation_refusal"] is None for row in few)
     for one, other in zip(few, every, strict=True):
-        for name, value in one.items():
-            assert value is None or other[name] == pytest.approx(value, abs=1e-4)
+        for name in SCORES:
+            assert one[name] is None or other[name] == pytest.approx(one[name], abs=1e-4)
 
 
 def test_what_was_relaxed_is_said_and_recorded(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -297,7 +298,8 @@ def test_the_batch_size_does_not_change_the_scores(run: Run, tmp_path: Path) -> 
         assert run("--search", "exhaustive", "--batch_size", size) == 0
         found.append(scores_of(tmp_path))
     for one, many in zip(*found, strict=True):
-        assert one == pytest.approx(many, abs=1e-4)
+        for name in SCORES:
+            assert one[name] == pytest.approx(many[name], abs=1e-4)
 
 
 def test_harmful_pairs_alone_are_not_enough(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,207 @@
+"""What to measure next. Nothing here can change what is selected, only how much is measured until it is proven.
+
+A candidate is dropped as soon as the lower bound of one of its costs is above a limit: of the ablation score above the
+best candidate's, of the KL or the steering cost above the threshold. How many prompts each of these ways takes is
+estimated from those measured, and the cheapest is taken. Candidates that no way promises to drop are contenders: they are
+measured in full, the most promising first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import TYPE_CHECKING
+
+import torch
+
+from refusal_direction.search.table import SLACK, Cell, Measure, Table
+from refusal_direction.search.verdicts import Conditions, Judgement
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+    from torch import Tensor
+
+__all__ = ["Hints", "first_round", "next_round"]
+
+_DOUBT = 0.5  # of an estimate from one prompt, in units of the refusal score
+_KL_DOUBT = 4  # prompts without any KL that are added to those measured: it varies by orders of magnitude
+
+
+@dataclass(frozen=True)
+class Hints:
+    """Guesses, which may be wrong."""
+
+    candidates: Sequence[int]
+    """The candidates, the most promising first."""
+    shape: Mapping[Measure, Float[Tensor, "prompt"]]
+    """How the prompts are thought to differ in what they cost a candidate."""
+    depth: int
+    """Layers of the model: an ablated row goes through all, a steered one through those from its candidate's on."""
+
+
+def first_round(table: Table, conditions: Conditions, judgement: Judgement, hints: Hints) -> list[Cell]:
+    """A prompt of each measure for every candidate; the ablation score of the most promising in full.
+
+    Where only the `top_k` of lowest KL are considered, and there are more, the KL decides more: an eighth of the prompts.
+    """
+    forecasts = _forecasts(table, hints)
+    tried = dict.fromkeys(Measure, 1)
+    if int(judgement.fitting.sum()) > conditions.top_k:
+        tried[Measure.KL] = ceil(len(table.floors[Measure.KL]) / 8)
+    open_ = set(judgement.open)
+    leader = next(candidate for candidate in hints.candidates if candidate in open_)
+    cells = [
+        cell
+        for candidate in judgement.open
+        for measure, forecast in forecasts.items()
+        for cell in forecast.rest(candidate)[: tried[measure]]
+    ]
+    return list(dict.fromkeys([*cells, *forecasts[Measure.ABLATION].rest(leader)]))
+
+
+def next_round(table: Table, conditions: Conditions, judgement: Judgement, hints: Hints) -> list[Cell]:
+    """What is likely to bring the open candidates to a verdict.
+
+    At least one cell, if there is an open candidate: whatever the hints are, the search goes on.
+    """
+    planned = list(dict.fromkeys(_Planner(table, conditions, judgement, hints).cells()))
+    if planned:
+        return planned
+    missing = [
+        cell for candidate in judgement.open for measure in Measure for cell in table.missing(candidate, measure)
+    ]
+    rivals = torch.nonzero(judgement.fitting).flatten().tolist()
+    return missing or [cell for candidate in rivals for cell in table.missing(candidate, Measure.KL)]
+
+
+class _Forecast:
+    """What one measure is likely to come to, for every candidate."""
+
+    def __init__(self, table: Table, measure: Measure, hints: Hints) -> None:
+        self.measure, shape = measure, hints.shape[measure]
+        costs, known, floors = table.costs(measure), table.known[measure], table.floors[measure]
+        expected, cautious = (_expected(costs, known, shape, measure, doubt=doubt) for doubt in (False, True))
+        self.means: list[float] = torch.where(known, costs, torch.maximum(expected, floors)).mean(1).tolist()
+        """Estimates of mean costs."""
+        self._gains: list[list[float]] = (cautious - floors).clamp_min(0).tolist()  # by which bounds are likely to rise
+        self._bounds: list[float] = torch.where(known, costs, floors).sum(1).tolist()
+        self._known: list[list[bool]] = known.tolist()
+        self._telling = shape.argsort(descending=True, stable=True).tolist()
+
+    def rest(self, candidate: int) -> list[Cell]:
+        """What has not been measured of a candidate, the most telling prompts first."""
+        known = self._known[candidate]
+        return [Cell(candidate, self.measure, prompt) for prompt in self._telling if not known[prompt]]
+
+    def towards(self, candidate: int, limit: float, least: int) -> list[Cell] | None:
+        """The cells, at `least` so many, that are likely to bring the bound of a candidate's mean above a limit.
+
+        None where all that are left are not likely to.
+        """
+        rest, gains = self.rest(candidate), self._gains[candidate]
+        lacking = (limit + 2 * SLACK) * len(gains) - self._bounds[candidate]
+        if lacking <= 0:
+            return []
+        for count, cell in enumerate(rest, start=1):
+            lacking -= gains[cell.prompt]
+            if lacking <= 0:
+                return rest[: max(count, least)]
+        return None
+
+
+def _expected(
+    costs: Float[Tensor, "candidate prompt"],
+    known: Bool[Tensor, "candidate prompt"],
+    shape: Float[Tensor, "prompt"],
+    measure: Measure,
+    *,
+    doubt: bool,
+) -> Float[Tensor, "candidate prompt"]:
+    """What candidates are likely to cost on prompts, by those known; less, the more `doubt` there is."""
+    count = known.sum(1, keepdim=True).clamp_min(1)
+    if measure is Measure.KL:  # in proportion to the shape
+        weight = torch.where(known, shape, 0.0).sum(1, keepdim=True) + doubt * _KL_DOUBT * shape.mean()
+        return shape * torch.where(known, costs, 0.0).sum(1, keepdim=True) / weight.clamp_min(1e-9)
+    above = torch.where(known, costs - shape, 0.0).sum(1, keepdim=True) / count
+    return shape + above - doubt * _DOUBT / count.sqrt()
+
+
+def _forecasts(table: Table, hints: Hints) -> dict[Measure, _Forecast]:
+    return {measure: _Forecast(table, measure, hints) for measure in Measure}
+
+
+class _Planner:
+    """What follows from the forecasts at one moment of the search."""
+
+    def __init__(self, table: Table, conditions: Conditions, judgement: Judgement, hints: Hints) -> None:
+        self.table, self.conditions, self.judgement, self.depth = table, conditions, judgement, hints.depth
+        self.forecasts = _forecasts(table, hints)
+        self.ablation, self.kl, self.steering = (forecast.means for forecast in self.forecasts.values())
+        n_prompts = max(map(len, table.floors.values()))
+        self.least = ceil(n_prompts / max(1, len(judgement.open)))  # a round of a few cells is not worth a pass
+        self.limits = {
+            Measure.ABLATION: self._ablation_of_the_best(),
+            Measure.KL: conditions.kl,
+            Measure.STEERING: -conditions.steering,
+        }
+
+    def _ablation_of_the_best(self) -> float:
+        """Of the best candidate so far; where none is proven, of the likely one."""
+        if self.judgement.best is not None:
+            return self.ablation[self.judgement.best]
+        likely = [
+            candidate
+            for candidate in self.judgement.open
+            if self.kl[candidate] <= self.conditions.kl and self.steering[candidate] <= -self.conditions.steering
+        ]
+        return min((self.ablation[candidate] for candidate in likely or self.judgement.open), default=0.0)
+
+    def cells(self) -> Iterator[Cell]:
+        """May repeat itself."""
+        contenders = []
+        for candidate in self.judgement.open:
+            ways = (f.towards(candidate, self.limits[measure], self.least) for measure, f in self.forecasts.items())
+            promising = [way for way in ways if way is not None]
+            if promising:
+                yield from min(promising, key=self._price)
+            else:
+                contenders.append(candidate)
+        yield from self._in_full(sorted(contenders, key=self.ablation.__getitem__))
+        yield from self._proof_of_rank()
+
+    def _price(self, cells: Sequence[Cell]) -> float:
+        """Of one candidate's cells: halfway between the prompts evaluated and the layers that they go through."""
+        spared = 0.0
+        if cells and cells[0].measure is Measure.STEERING:
+            spared = 0.5 * int(self.conditions.layers[cells[0].candidate])
+        return len(cells) * (self.depth - spared)
+
+    def _in_full(self, contenders: Sequence[int]) -> Iterator[Cell]:
+        """All of the first contender. The others may turn out to be beaten by it: their ablation scores will do."""
+        for place, candidate in enumerate(contenders):
+            for measure in Measure if place == 0 else (Measure.ABLATION,):
+                yield from self.forecasts[measure].rest(candidate)
+
+    def _proof_of_rank(self) -> Iterator[Cell]:
+        """What proves whether the best candidate measured in full is among the `top_k` of lowest KL.
+
+        Of those that may come before it, as many as are too many must be shown not to; where that looks hopeless, the KL
+        of all of them decides.
+        """
+        whole = self.table.whole()
+        waiting = [candidate for candidate in self.judgement.open if whole[candidate]]
+        if not waiting:
+            return
+        first = min(waiting, key=self.ablation.__getitem__)
+        unknown, least = ~self.table.complete(Measure.KL), self.table.least(Measure.KL)
+        may_be_ahead = self.judgement.fitting & unknown & (least <= self.kl[first])
+        rivals = torch.nonzero(may_be_ahead).flatten().tolist()
+        too_many = max(0, int(self.judgement.ahead[first]) - self.conditions.top_k + 1)
+        forecast = self.forecasts[Measure.KL]
+        ways = (forecast.towards(rival, self.kl[first], self.least) for rival in rivals)
+        promising = sorted((way for way in ways if way), key=len)[:too_many]
+        if len(promising) < too_many:
+            promising = [forecast.rest(rival) for rival in rivals]
+        for way in promising:
+            yield from way

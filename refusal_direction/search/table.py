@@ -1,0 +1,96 @@
+"""What is known of the candidates' scores so far, and what that proves of their means.
+
+Every score is read as a cost: the lower, the better for the candidate. A cost has a floor below which it cannot fall,
+whatever the model does, so the mean over all prompts is bounded from below by what has been measured and the floors of
+the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from enum import Enum
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+    from torch import Tensor
+
+__all__ = ["SLACK", "Cell", "Measure", "Table"]
+
+SLACK = 1e-4
+"""Bounds are lowered by more than rounding could have raised them, in float32 too. Complete means are exact."""
+
+
+class Measure(Enum):
+    """What a candidate is scored by."""
+
+    ABLATION = "ablation"
+    KL = "kl"
+    STEERING = "steering"
+
+    @property
+    def sign(self) -> int:
+        """Times the score: the cost. A candidate should steer to a high score, and be low in the other two."""
+        return -1 if self is Measure.STEERING else 1
+
+
+class Cell(NamedTuple):
+    """One score: of a candidate, by a measure, on one of the measure's prompts."""
+
+    candidate: int
+    measure: Measure
+    prompt: int
+
+
+class Table:
+    """The scores measured so far.
+
+    Args:
+        n_candidates: how many candidates there are.
+        floors: for each measure, below what its cost cannot fall on each of its prompts.
+    """
+
+    def __init__(self, n_candidates: int, floors: Mapping[Measure, Float[Tensor, "prompt"]]) -> None:
+        self.floors = {measure: floor.double() for measure, floor in floors.items()}
+        self.scores: dict[Measure, Float[Tensor, "candidate prompt"]] = {
+            measure: torch.full((n_candidates, len(floor)), torch.nan, dtype=torch.float64)
+            for measure, floor in floors.items()
+        }
+        self.known: dict[Measure, Bool[Tensor, "candidate prompt"]] = {
+            measure: torch.zeros(n_candidates, len(floor), dtype=torch.bool) for measure, floor in floors.items()
+        }
+
+    def enter(self, cells: Sequence[Cell], scores: Iterable[float]) -> None:
+        """Take down what was measured; NaN is a score, too."""
+        for (candidate, measure, prompt), score in zip(cells, scores, strict=True):
+            self.scores[measure][candidate, prompt] = score
+            self.known[measure][candidate, prompt] = True
+
+    def missing(self, candidate: int, measure: Measure) -> list[Cell]:
+        """What has not been measured of a candidate."""
+        prompts = torch.nonzero(~self.known[measure][candidate]).flatten().tolist()
+        return [Cell(candidate, measure, prompt) for prompt in prompts]
+
+    def costs(self, measure: Measure) -> Float[Tensor, "candidate prompt"]:
+        """NaN where not measured."""
+        return measure.sign * self.scores[measure]
+
+    def complete(self, measure: Measure) -> Bool[Tensor, "candidate"]:
+        """Which candidates have been measured on every prompt."""
+        return self.known[measure].all(dim=1)
+
+    def whole(self) -> Bool[Tensor, "candidate"]:
+        """Which are complete in every measure."""
+        return torch.stack([self.complete(measure) for measure in Measure]).all(0)
+
+    def broken(self, measure: Measure) -> Bool[Tensor, "candidate"]:
+        """Which have a score that came out as NaN."""
+        return (self.known[measure] & self.scores[measure].isnan()).any(dim=1)
+
+    def least(self, measure: Measure) -> Float[Tensor, "candidate"]:
+        """The mean cost of candidates that are complete; a proven lower bound of it for the others."""
+        costs = self.costs(measure)
+        bound = torch.where(self.known[measure], costs, self.floors[measure]).mean(dim=1) - SLACK
+        return torch.where(self.complete(measure), costs.mean(dim=1), bound)
