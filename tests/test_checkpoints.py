@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import random
+import subprocess
+import sys
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from refusal_direction import ChatModel
@@ -160,3 +166,42 @@ def test_a_run_that_fell_back_resumes_as_it_was(tmp_path: Path, monkeypatch: pyt
     again = small_parts()
     both_sweeps(again, problem, Checkpoints(tmp_path, "run", resume=True))
     assert again.name == "hooked"
+
+
+# Real runs, really killed
+
+
+def command(output: Path, *flags: str) -> list[str]:
+    script = str(Path(__file__).parent.parent / "extract_refusal_direction.py")
+    few = ["--model_id", "demo", "--n_train", "24", "--n_val", "12", "--memory_budget", "12MiB"]
+    return [sys.executable, script, *few, "--output_dir", str(output), *flags]
+
+
+def finished_parts(output: Path) -> set[Path]:
+    return set(output.glob(".unfinished/*/*.safetensors"))
+
+
+def test_a_killed_run_goes_on_where_it_was_and_ends_alike(tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command(whole), check=True, capture_output=True, env=environment, timeout=120)
+    rng, flags = random.Random(0), []
+    for _ in range(3):
+        before = len(finished_parts(killed))
+        with subprocess.Popen(
+            command(killed, *flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
+        ) as run:
+            while run.poll() is None and len(finished_parts(killed)) == before:
+                time.sleep(0.005)
+            time.sleep(rng.uniform(0, 0.3))
+            run.kill()
+        flags = ["--resume"]
+    kept = finished_parts(killed)
+    assert kept  # control: it was killed in the middle
+    assert not (killed / "run.json").exists()
+    done = subprocess.run(command(killed, "--resume"), check=True, capture_output=True, env=environment, timeout=120)
+    assert b"nothing to resume" not in done.stderr
+    assert not finished_parts(killed)
+    for name, expected in load_file(whole / "per_prompt_scores.safetensors").items():
+        found = load_file(killed / "per_prompt_scores.safetensors")[name]
+        assert torch.allclose(found, expected, atol=1e-5, equal_nan=True), name
