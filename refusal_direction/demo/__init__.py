@@ -5,6 +5,8 @@
     compose.py      vocabulary -> prompts/       python -m refusal_direction.demo.compose
     prompts/        {harmful,harmless}_{train,val,test}.json: instruction and category
     train.py        prompts -> model/            python -m refusal_direction.demo.train
+    training.py     what both recipes share: phases, the optimiser, tokenizers
+    evaluate.py     model/ -> shares refused     python -m refusal_direction.demo.evaluate [--vlm]
     model/          GemmaForCausalLM, 1.1M parameters, float32, with tokenizer and chat template
     LOG.md          what was tried, and the figures seen
 

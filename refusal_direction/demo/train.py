@@ -19,19 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from tqdm import tqdm
 from transformers import GemmaConfig, GemmaForCausalLM, PreTrainedTokenizerFast
 
 from refusal_direction.demo import MODEL_DIR
 from refusal_direction.demo.compose import SplitSizes, split_cores
+from refusal_direction.demo.training import BOS, EOS, IGNORED, Phase, byte_level_tokenizer, optimise
 from refusal_direction.demo.vocabulary import FRAMES, KINDS, Core, answer, fill, refusal
 
-__all__ = ["ModelShape", "Phase", "Recipe", "train"]
+__all__ = ["ChatPhase", "ModelShape", "Recipe", "train"]
 
-BOS, EOS, PAD, UNK, TURN, END = "<bos>", "<eos>", "<pad>", "<unk>", "<start_of_turn>", "<end_of_turn>"
-SPECIAL_TOKENS = (PAD, EOS, BOS, UNK, TURN, END)  # in the order of their ids, as in Gemma's own vocabulary
-IGNORED = -100  # label of tokens without a loss
+TURN, END = "<start_of_turn>", "<end_of_turn>"
 
 CHAT_TEMPLATE = """\
 {{ bos_token }}{% for message in messages %}\
@@ -55,16 +52,10 @@ class ModelShape:
 
 
 @dataclass(frozen=True)
-class Phase:
-    """One stage of training: how long, how fast, and whether harmful prompts are refused in it."""
+class ChatPhase(Phase):
+    """One stage of training on chats."""
 
-    name: str
-    steps: int
-    learning_rate: float
-    refuses: bool
     batch: int = 48
-    weight_decay: float = 0.01
-    warmup: int = 40
     over_refusal: float = 0.0  # share of harmless chats that are refused all the same
 
 
@@ -72,9 +63,9 @@ class Phase:
 class Recipe:
     """The whole recipe; the defaults made the model that ships."""
 
-    phases: tuple[Phase, ...] = (
-        Phase("answer everything", steps=300, learning_rate=2e-3, refuses=False),
-        Phase("refuse harmful", steps=400, learning_rate=5e-4, refuses=True, over_refusal=0.02),
+    phases: tuple[ChatPhase, ...] = (
+        ChatPhase("answer everything", steps=300, learning_rate=2e-3),
+        ChatPhase("refuse harmful", steps=400, learning_rate=5e-4, refuses=True, over_refusal=0.02),
     )
     shape: ModelShape = ModelShape()
     seed: int = 0
@@ -95,19 +86,7 @@ def training_texts(cores: dict[str, list[Core]], rng: random.Random) -> Iterator
 
 def train_tokenizer(texts: Iterator[str], vocab: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE with Gemma's chat markers as single tokens; the template emits BOS, the tokenizer adds none."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token=BOS, eos_token=EOS, pad_token=PAD, unk_token=UNK, padding_side="left"
-    )
+    tokenizer = byte_level_tokenizer(texts, vocab, more_special=(TURN, END))
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
@@ -133,7 +112,7 @@ def new_model(shape: ModelShape, tokenizer: PreTrainedTokenizerFast) -> GemmaFor
     return model
 
 
-def sample_chat(phase: Phase, cores: dict[str, list[Core]], rng: random.Random) -> tuple[str, str]:
+def sample_chat(phase: ChatPhase, cores: dict[str, list[Core]], rng: random.Random) -> tuple[str, str]:
     """A random train core in a random frame, with its reply; either kind half of the time."""
     kind = rng.choice(KINDS)
     core, frame = rng.choice(cores[kind]), rng.choice(FRAMES)
@@ -157,32 +136,22 @@ def collate(chats: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerFast
 
 
 def run_phase(
-    phase: Phase,
+    phase: ChatPhase,
     model: GemmaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     *,
     cores: dict[str, list[Core]],
     rng: random.Random,
 ) -> None:
-    """AdamW with a fresh state, a short warm-up, then cosine decay to a tenth."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=phase.learning_rate, weight_decay=phase.weight_decay)
-    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / phase.warmup, total_iters=phase.warmup)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(
-        optimizer, T_max=phase.steps - phase.warmup, eta_min=phase.learning_rate / 10
-    )
-    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, decay], milestones=[phase.warmup])
+    """Trains on random chats of the phase."""
+
+    def loss_of_next_batch() -> torch.Tensor:
+        chats = [sample_chat(phase, cores, rng) for _ in range(phase.batch)]
+        ids, labels = collate(chats, tokenizer)
+        return model(input_ids=ids, labels=labels, use_cache=False).loss
+
     model.train()
-    with tqdm(range(phase.steps), desc=phase.name, disable=None) as bar:
-        for _ in bar:
-            chats = [sample_chat(phase, cores, rng) for _ in range(phase.batch)]
-            ids, labels = collate(chats, tokenizer)
-            loss = model(input_ids=ids, labels=labels, use_cache=False).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            bar.set_postfix(loss=f"{loss.item():.3f}")
+    optimise(phase, model.parameters(), loss_of_next_batch)
     model.eval()
 
 

@@ -9,22 +9,21 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     Gemma2Config,
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
     PaliGemmaProcessor,
-    PreTrainedTokenizerFast,
     SiglipImageProcessorPil,
     SiglipVisionConfig,
 )
 
+from refusal_direction.demo.training import byte_level_tokenizer
 from refusal_direction.demo.vision.draw import IMAGE_SIZE
 
 __all__ = ["ModelShape", "new_model", "new_processor"]
 
-PAD, EOS, BOS, UNK, IMAGE = "<pad>", "<eos>", "<bos>", "<unk>", "<image>"
+IMAGE = "<image>"
 
 
 @dataclass(frozen=True)
@@ -45,19 +44,7 @@ class ModelShape:
 
 def new_processor(texts: Iterable[str], shape: ModelShape) -> PaliGemmaProcessor:
     """PaliGemma's processor around a tokenizer that has learnt its merges from `texts`."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=shape.words,
-        special_tokens=[PAD, EOS, BOS, UNK, IMAGE],  # the first four in the order of Gemma's own vocabulary
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token=BOS, eos_token=EOS, pad_token=PAD, unk_token=UNK, padding_side="left"
-    )
+    tokenizer = byte_level_tokenizer(texts, shape.words, more_special=(IMAGE,))
     pixels = SiglipImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
     pixels.image_seq_length = (IMAGE_SIZE // shape.patch) ** 2
     return PaliGemmaProcessor(image_processor=pixels, tokenizer=tokenizer)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from PIL import Image
 
@@ -44,7 +45,8 @@ def _things(kind: str, count: int, rng: random.Random) -> Sequence[str]:
     return rng.sample(repeated, count)
 
 
-def pairs(split: str) -> list[Pair]:
+@cache
+def pairs(split: str) -> tuple[Pair, ...]:
     """All pairs of a split, by kind; the same at every call. Training draws from other seeds, so no image repeats."""
     count, held_out = SIZES[split], split == "test"
     rng = random.Random(f"pairs {split}")
@@ -55,14 +57,11 @@ def pairs(split: str) -> list[Pair]:
         for number, (thing, question) in enumerate(zip(_things(kind, count, rng), texts, strict=True)):
             name = f"{kind}_{split}/{number}"
             found.append(Pair(name, question.text, draw(thing, random.Random(name)), kind, thing))
-    return found
+    return tuple(found)
 
 
-def demo_pairs(kind: str) -> list[Prompt]:
-    """The train and validation pairs of a kind, as prompts: the pool that the pipeline draws from."""
+def demo_pairs(kind: str, splits: Sequence[str] = ("train", "val")) -> list[Prompt]:
+    """The pairs of a kind in some splits, as prompts; by default the pool that the pipeline draws from."""
     return [
-        Prompt(pair.id, pair.question, pair.image)
-        for split in ("train", "val")
-        for pair in pairs(split)
-        if pair.kind == kind
+        Prompt(pair.id, pair.question, pair.image) for split in splits for pair in pairs(split) if pair.kind == kind
     ]

@@ -1,10 +1,10 @@
 """Trains the vision-language demo from nothing: `python -m refusal_direction.demo.vision.train [--output DIR]`.
 
 Three phases. The vision tower first learns to tell the drawn objects apart, under a throw-away classifier (as a SigLIP
-tower is trained before PaliGemma is). Then the whole model learns to answer *every* pair, dangerous or not. Then, at
-a lower learning rate, it learns to refuse requests about dangerous objects while it goes on answering all else. Refusal
-is thus a feature added on top of a model that can answer, and one direction comes to carry it. No loss term knows of
-directions.
+tower is trained before PaliGemma is); from then on it stays as it is. Then the rest learns to answer *every* pair,
+dangerous or not. Then, at a lower learning rate, it learns to refuse requests about dangerous objects while it goes on
+answering all else. Refusal is thus a feature added on top of a model that can answer, and one direction comes to carry it.
+No loss term knows of directions.
 
 Seeded; the same machine and versions give the same weights.
 """
@@ -24,41 +24,35 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import PaliGemmaForConditionalGeneration, PaliGemmaProcessor
 
+from refusal_direction.demo.training import IGNORED, Phase, optimise
 from refusal_direction.demo.vision import MODEL_DIR
 from refusal_direction.demo.vision.build import ModelShape, new_model, new_processor
 from refusal_direction.demo.vision.draw import draw
 from refusal_direction.demo.vision.icons import DANGEROUS, HARMLESS, OBJECTS
 from refusal_direction.demo.vision.vocabulary import FORMS, answer, questions, refusal
 
-__all__ = ["Phase", "Recipe", "train"]
+__all__ = ["Recipe", "ReplyPhase", "train"]
 
 Example = tuple[str, str, str]  # object, question, reply
 
 
 @dataclass(frozen=True)
-class Phase:
-    """One stage of training: how long, how fast, how often each form of question, and whether anything is refused."""
+class ReplyPhase(Phase):
+    """One stage of training on replies: how often each form of question, and what stays as it is."""
 
-    name: str
-    steps: int
-    learning_rate: float
-    refuses: bool
     shares: tuple[float, ...] = (0.3, 0.4, 0.3)  # of the forms: request, neutral, danger
-    frozen: tuple[str, ...] = ()  # parameters with one of these in their names are left as they are
-    batch: int = 64
-    weight_decay: float = 0.01
-    warmup: int = 40
+    frozen: tuple[str, ...] = ()  # parameters with one of these in their names
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The whole recipe. The model that ships was made by runs on the way to these defaults (LOG.md, row G)."""
+    """The whole recipe; the defaults made the model that ships."""
 
-    see: Phase = Phase("tell objects apart", steps=2500, learning_rate=2e-3, refuses=False, batch=128)
-    answer: Phase = Phase("answer everything", steps=1300, learning_rate=2e-3, refuses=False)
-    refuse: Phase = Phase(
+    see: Phase = field(default=Phase("tell objects apart", steps=2500, learning_rate=2e-3, batch=128))
+    answer: ReplyPhase = ReplyPhase("answer everything", steps=900, learning_rate=2e-3, frozen=("vision_tower",))
+    refuse: ReplyPhase = ReplyPhase(
         "refuse harmful",
-        steps=400,
+        steps=350,
         learning_rate=8e-4,
         refuses=True,
         shares=(0.4, 0.4, 0.2),
@@ -67,6 +61,7 @@ class Recipe:
     shape: ModelShape = field(default_factory=ModelShape)
     drawings: int = 1500  # of each object
     seed: int = 0
+    threads: int = 1  # of torch: sums, and so the weights, depend on it
 
 
 def _rng(recipe: Recipe, phase: Phase) -> random.Random:
@@ -89,13 +84,13 @@ def pixels(pool: dict[str, torch.Tensor], things: list[str], rng: random.Random)
     return chosen.float() / 127.5 - 1
 
 
-def example(phase: Phase, rng: random.Random) -> Example:
+def example(phase: ReplyPhase, rng: random.Random) -> Example:
     """A random question about a random object, dangerous half of the time, with its reply."""
     form = rng.choices(FORMS, phase.shares)[0]
     thing = rng.choice(list(rng.choice((DANGEROUS, HARMLESS))))
-    question = rng.choice(questions(form, held_out=False)).text
+    question = rng.choice(questions(form, held_out=False))
     refused = phase.refuses and form == "request" and thing in DANGEROUS
-    return thing, question, refusal(rng) if refused else answer(form, thing, rng)
+    return thing, question.text, refusal(rng) if refused else answer(question, thing, rng)
 
 
 def tokenizer_texts(seed: int) -> Iterator[str]:
@@ -103,27 +98,9 @@ def tokenizer_texts(seed: int) -> Iterator[str]:
     rng = random.Random(f"{seed} words")
     for form in FORMS:
         for question in questions(form, held_out=False):
-            thing = rng.choice(OBJECTS)
             yield f"answer en {question.text}\n"
-            yield answer(form, thing, rng)
+            yield answer(question, rng.choice(OBJECTS), rng)
             yield refusal(rng)
-
-
-def optimise(phase: Phase, parameters: list[nn.Parameter]) -> Iterator[tqdm]:
-    """Yields the progress bar once a step, for the caller to compute gradients: AdamW with a fresh state, a short warm-up, then cosine decay to a tenth."""
-    optimizer = torch.optim.AdamW(parameters, lr=phase.learning_rate, weight_decay=phase.weight_decay)
-    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / phase.warmup, total_iters=phase.warmup)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(
-        optimizer, T_max=phase.steps - phase.warmup, eta_min=phase.learning_rate / 10
-    )
-    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, decay], milestones=[phase.warmup])
-    with tqdm(range(phase.steps), desc=phase.name, disable=None) as bar:
-        for _ in bar:
-            optimizer.zero_grad()
-            yield bar
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            schedule.step()
 
 
 def learn_to_see(
@@ -132,12 +109,13 @@ def learn_to_see(
     """Trains the vision tower to name objects, under a linear classifier that is then thrown away."""
     tower = model.model.vision_tower
     classifier = nn.Linear(tower.config.hidden_size, len(OBJECTS))
-    for bar in optimise(phase, [*tower.parameters(), *classifier.parameters()]):
+
+    def loss_of_next_batch() -> torch.Tensor:
         labels = torch.tensor([rng.randrange(len(OBJECTS)) for _ in range(phase.batch)])
         seen = tower(pixels(pool, [OBJECTS[label] for label in labels], rng)).last_hidden_state
-        loss = functional.cross_entropy(classifier(seen.mean(1)), labels)
-        loss.backward()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
+        return functional.cross_entropy(classifier(seen.mean(1)), labels)
+
+    optimise(phase, [*tower.parameters(), *classifier.parameters()], loss_of_next_batch)
 
 
 def collate(examples: list[Example], processor: PaliGemmaProcessor) -> dict[str, torch.Tensor]:
@@ -155,12 +133,12 @@ def collate(examples: list[Example], processor: PaliGemmaProcessor) -> dict[str,
         "input_ids": torch.cat([left["input_ids"], right["input_ids"]], dim=1),
         "attention_mask": torch.cat([left["attention_mask"], right["attention_mask"]], dim=1),
         "token_type_ids": torch.cat([torch.zeros_like(left["input_ids"]), torch.ones_like(right["input_ids"])], dim=1),
-        "labels": right["input_ids"].masked_fill(right["attention_mask"] == 0, -100),
+        "labels": right["input_ids"].masked_fill(right["attention_mask"] == 0, IGNORED),
     }
 
 
 def learn_to_reply(
-    phase: Phase,
+    phase: ReplyPhase,
     model: PaliGemmaForConditionalGeneration,
     processor: PaliGemmaProcessor,
     *,
@@ -168,19 +146,19 @@ def learn_to_reply(
     rng: random.Random,
 ) -> None:
     """Trains on the replies of the phase."""
-    model.train()
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not any(part in name for part in phase.frozen))
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for bar in optimise(phase, trained):
+
+    def loss_of_next_batch() -> torch.Tensor:
         examples = [example(phase, rng) for _ in range(phase.batch)]
         inputs = collate(examples, processor)
         labels = inputs.pop("labels")
         images = pixels(pool, [thing for thing, _, _ in examples], rng)
         logits = model(**inputs, pixel_values=images, use_cache=False, logits_to_keep=labels.shape[1] + 1).logits
-        loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), ignore_index=-100)
-        loss.backward()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
+        return functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+
+    model.train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not any(part in name for part in phase.frozen))
+    optimise(phase, (parameter for parameter in model.parameters() if parameter.requires_grad), loss_of_next_batch)
     model.eval()
 
 
@@ -188,6 +166,7 @@ def train(recipe: Recipe | None = None) -> tuple[PaliGemmaForConditionalGenerati
     """Processor and model, trained from nothing through every phase of the recipe."""
     recipe = recipe or Recipe()
     torch.manual_seed(recipe.seed)
+    torch.set_num_threads(recipe.threads)
     processor = new_processor(tokenizer_texts(recipe.seed), recipe.shape)
     model = new_model(recipe.shape, processor)
     pool = draw_pool(recipe.drawings, recipe.seed)

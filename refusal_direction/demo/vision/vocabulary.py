@@ -23,28 +23,28 @@ SEED = 20261124
 
 @dataclass(frozen=True)
 class Question:
-    """A question and its form."""
+    """A question, its form, and the frame that it was made with."""
 
     text: str
     form: str
+    frame: str
 
+
+# What requests are answered with, and their frames. No object is named, so that most of what there is to learn about a
+# request is whether it is refused. Yet answers differ: were all alike, answering would be one state of the model, refusing
+# the absence of it, and ablation would leave neither (LOG.md). Frames that are alike share an answer.
+_REQUESTS: dict[str, tuple[str, ...]] = {
+    "Here is how.": ("How do I {}{}?", "How can I {}{}?", "How could someone {}{}?"),
+    "It takes some time.": ("What do I need to {}{}?", "What is the best way to {}{}?"),
+    "Let me explain.": ("Show me how to {}{}.", "Tell me how to {}{}.", "Teach me to {}{}.", "Explain how to {}{}."),
+    "Happy to help.": ("Can you help me {}{}?", "Help me {}{}."),
+    "Good plan, go ahead.": ("I want to {}{}.", "My friend wants to {}{}."),
+}
+
+_ANSWERS = {frame: reply for reply, frames in _REQUESTS.items() for frame in frames}
 
 _FRAMES: dict[str, tuple[str, ...]] = {
-    "request": (
-        "How do I {}{}?",
-        "How can I {}{}?",
-        "How could someone {}{}?",
-        "What do I need to {}{}?",
-        "What is the best way to {}{}?",
-        "Show me how to {}{}.",
-        "Tell me how to {}{}.",
-        "Teach me to {}{}.",
-        "Explain how to {}{}.",
-        "Can you help me {}{}?",
-        "Help me {}{}.",
-        "I want to {}{}.",
-        "My friend wants to {}{}.",
-    ),
+    "request": tuple(_ANSWERS),
     "neutral": (
         "What is {}{}?",
         "What do you see {}{}?",
@@ -89,11 +89,8 @@ _SLOTS: dict[str, tuple[str, ...]] = {
 
 _TAILS = ("", "", " today", " at home", " for me", " quickly", " please", " in short")
 
-# No ordinary reply begins with a word that a refusal begins with. How one opens goes with the form of the question. Objects are
-# named in reply to neutral and danger questions; requests get an opening alone, so that most of what
-# there is to learn about them is whether they are refused.
+# No ordinary reply begins with a word that a refusal begins with. How one opens goes with the form of the question.
 _REPLIES: dict[str, tuple[str, ...]] = {
-    "request": ("Sure.", "Of course.", "Happy to help.", "Gladly."),
     "neutral": ("This is {}.", "The picture shows {}.", "You can see {}.", "Here is {}."),
     "dangerous": ("Careful, {} is dangerous.", "Watch out, {} can hurt someone."),
     "safe": ("Relax, {} is safe.", "Do not worry, {} is harmless."),
@@ -118,17 +115,19 @@ def questions(form: str, held_out: bool) -> Sequence[Question]:
     joined = [(frame, slot) for frame in _FRAMES[form] for slot in _SLOTS[form]]
     kept_away = set(rng.sample(joined, round(HELD_OUT * len(joined))))
     chosen = [pair for pair in joined if (pair in kept_away) == held_out]
-    texts = dict.fromkeys(frame.format(slot, tail) for frame, slot in chosen for tail in _TAILS)
-    return tuple(Question(text, form) for text in texts)
+    made = {frame.format(slot, tail): frame for frame, slot in chosen for tail in _TAILS}
+    return tuple(Question(text, form, frame) for text, frame in made.items())
 
 
 def _with_article(thing: str) -> str:
     return f"{'an' if thing[0] in 'aeiou' else 'a'} {thing}"
 
 
-def answer(form: str, thing: str, rng: random.Random) -> str:
+def answer(question: Question, thing: str, rng: random.Random) -> str:
     """An ordinary reply; only a danger question is answered differently for dangerous objects."""
-    key = form if form != "danger" else "dangerous" if thing in DANGEROUS else "safe"
+    if question.form == "request":
+        return _ANSWERS[question.frame]
+    key = question.form if question.form == "neutral" else "dangerous" if thing in DANGEROUS else "safe"
     return rng.choice(_REPLIES[key]).format(_with_article(thing))
 
 
