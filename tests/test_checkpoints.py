@@ -173,7 +173,7 @@ def test_a_run_that_fell_back_resumes_as_it_was(tmp_path: Path, monkeypatch: pyt
 
 def command(output: Path, *flags: str) -> list[str]:
     script = str(Path(__file__).parent.parent / "extract_refusal_direction.py")
-    few = ["--model_id", "demo", "--n_train", "24", "--n_val", "12", "--memory_budget", "12MiB"]
+    few = ["--model_id", "demo", "--n_train", "24", "--n_val", "12", "--memory_budget", "6MiB"]
     return [sys.executable, script, *few, "--output_dir", str(output), *flags]
 
 
@@ -193,7 +193,7 @@ def test_a_killed_run_goes_on_where_it_was_and_ends_alike(tmp_path: Path) -> Non
         ) as run:
             while run.poll() is None and len(finished_parts(killed)) == before:
                 time.sleep(0.005)
-            time.sleep(rng.uniform(0, 0.3))
+            time.sleep(rng.uniform(0, 0.1))
             run.kill()
         flags = ["--resume"]
     kept = finished_parts(killed)

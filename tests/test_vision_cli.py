@@ -367,9 +367,6 @@ def test_the_script_says_nothing_but_the_results(made: Path, tmp_path: Path) -> 
 
 
 def test_the_demo_runs_by_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    weights = ROOT / "refusal_direction" / "demo" / "vision" / "model" / "model.safetensors"
-    if not weights.is_file():
-        pytest.skip(f"{weights} is not here: the vision-language demo has not been trained yet")
     few = ["--n_train", "24", "--n_val", "12", "--output_dir", str(tmp_path / "out"), "--sanity"]
     assert cli.main_vlm(["--model_id", "demo", *few]) == 0
     metadata = read(tmp_path, "direction_metadata_vlm.json")
