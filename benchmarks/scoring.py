@@ -279,13 +279,13 @@ def main() -> None:
     arguments.add_argument("--data_dir", type=Path, default=Path("data"))
     arguments.add_argument("--tokenizer", help="folder of a tokenizer with a chat template")
     arguments.add_argument("--layers", type=int, default=12)
-    arguments.add_argument("--n_train", type=int, help="prompts of each kind (128; 16 with --vlm)")
-    arguments.add_argument("--n_val", type=int, help="prompts of each kind (32; 8 with --vlm)")
+    arguments.add_argument("--n_train", type=int, help="prompts of each kind (128; 8 with --vlm)")
+    arguments.add_argument("--n_val", type=int, help="prompts of each kind (32; 4 with --vlm)")
     arguments.add_argument("--twice", action="store_true", help="this engine once more after the naive way")
     arguments.add_argument("--only", choices=("ours", "naive"), help="run one of them alone, to profile it")
     options = arguments.parse_args()
-    options.n_train = options.n_train or (16 if options.vlm else 128)
-    options.n_val = options.n_val or (8 if options.vlm else 32)
+    options.n_train = options.n_train or (8 if options.vlm else 128)
+    options.n_val = options.n_val or (4 if options.vlm else 32)
     runs = []
     for name in (options.only,) if options.only else ("ours", "naive", "ours")[: 2 + options.twice]:
         runs.append((name, measured(name, options)))
