@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -55,74 +56,73 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
         return f"{', '.join(spellings)} {self._format_args(action, action.dest.upper())}"
 
 
+def _add(group: argparse._ArgumentGroup, name: str, **settings: object) -> None:
+    """A flag in both spellings, with an underscore and with a hyphen."""
+    spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+    group.add_argument(*spellings, dest=name, **settings)  # type: ignore[arg-type]
+
+
 def parser(defaults: Config = Config()) -> argparse.ArgumentParser:
     """The arguments, grouped, with the defaults of a pipeline (config.py)."""
-    vision = defaults.rules.images
-    name = "extract_refusal_direction" + ("_vlm" if vision else "")
+    name = "extract_refusal_direction" + ("_vlm" if defaults.rules.images else "")
     top = argparse.ArgumentParser(name, description=_DESCRIPTION, formatter_class=_Formatter)
-    model, prompts, method, output = (
-        top.add_argument_group(title) for title in ("model", "prompts", "method", "output")
-    )
-
-    def add(group: argparse._ArgumentGroup, name: str, **settings: object) -> None:
-        spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
-        group.add_argument(*spellings, dest=name, **settings)  # type: ignore[arg-type]
-
-    add(model, "model_id", default=defaults.model.model_id, metavar="ID", help="Hub id, local folder, or demo")
-    add(model, "dtype", default=defaults.model.dtype, help="bfloat16, float16, float32 or auto")
-    add(model, "device", default=defaults.model.device, help="cuda, mps, cpu or auto (what does not fit is offloaded)")
-    add(model, "quantization", metavar="BITS", help="4bit or 8bit, as weights are loaded (bitsandbytes)")
-    add(model, "revision", metavar="NAME", help="branch, tag or commit of a Hub id")
-    add(model, "adapter", metavar="ID", help="PEFT adapter on the model: Hub id or folder")
-    add(model, "trust_remote_code", action="store_true", help="run Python code that comes with the model")
-    add(model, "allow_pickle", action="store_true", help="take weights that are not in safetensors format")
-    add(model, "chat_template", metavar="FILE", help="Jinja chat template, for models without one")
-    add(model, "system_prompt", metavar="TEXT", help="system message, where the template takes one")
-    add(model, "thinking", action="store_true", help="let a reasoning model think before it answers")
-    by_memory = "" if vision else " (default: by memory)"
-    add(
-        model,
-        "batch_size",
-        type=int,
-        default=defaults.batch_size,
-        metavar="ROWS",
-        help=f"most rows through a layer at once{by_memory}",
-    )
-    add(model, "memory_budget", type=_bytes, metavar="SIZE", help="most memory beside the model, as 512MiB or 4GB")
-    own, kind = ("FOLDER", "images with metadata.jsonl") if vision else ("FILE", ".json, .jsonl, .csv, .txt")
-    add(prompts, "harmful", type=Path, metavar=own, help=f"own harmful prompts: {kind}")
-    add(prompts, "harmless", type=Path, metavar=own, help="own harmless prompts, likewise")
-    add(prompts, "data_dir", type=Path, default=defaults.prompts.data_dir, help="where the published prompts are kept")
-    add(prompts, "n_train", type=int, default=defaults.prompts.n_train, help="prompts of each kind for the direction")
-    add(prompts, "n_val", type=int, default=defaults.prompts.n_val, help="prompts of each kind for its scores")
-    add(prompts, "seed", type=int, default=defaults.prompts.seed, help="of the draw")
-    add(prompts, "skip_filter", action="store_true", help="keep prompts whatever the model does with them")
-    add(method, "refusal_tokens", nargs="+", default=(), metavar="TOKEN", help="first tokens of a refusal: text or ids")
-    add(method, "calibrate_refusal", action="store_true", help="find them from what the model itself says")
-    add(method, "kl_threshold", type=float, default=defaults.thresholds.kl, help="discard candidates with a larger KL")
-    add(
-        method,
-        "induce_threshold",
-        type=float,
-        default=defaults.thresholds.induce,
-        help="... with a smaller steering score",
-    )
-    add(
-        method,
-        "prune_layers",
-        type=float,
-        default=defaults.thresholds.prune_layers,
-        help="... from this last part of the layers",
-    )
-    searches = defaults.rules.searches
-    fewer = f"exhaustive: score them all; pruned: choose alike with less work (default: {searches[0]})"
-    add(method, "search", choices=searches, help=fewer)
-    if vision:
-        add(method, "top_k_candidates", type=int, default=VISION.top_k, metavar="K", help="score so many of lowest KL")
-    add(output, "output_dir", type=Path, default=defaults.output_dir, help="folder of the results")
-    add(output, "resume", action="store_true", help="go on with a run that was cut off, from what it had finished")
-    add(output, "sanity", action="store_true", help="show a few baseline, ablated and steered completions at the end")
+    _add_model(top.add_argument_group("model"), defaults)
+    _add_prompts(top.add_argument_group("prompts"), defaults)
+    _add_method(top.add_argument_group("method"), defaults)
+    _add_output(top.add_argument_group("output"), defaults)
     return top
+
+
+def _add_model(group: argparse._ArgumentGroup, defaults: Config) -> None:
+    add, model = partial(_add, group), defaults.model
+    by_memory = " (default: by memory)" if defaults.batch_size is None else ""
+    add("model_id", default=model.model_id, metavar="ID", help="Hub id, local folder, or demo")
+    add("dtype", default=model.dtype, help="bfloat16, float16, float32 or auto")
+    add("device", default=model.device, help="cuda, mps, cpu or auto (what does not fit is offloaded)")
+    add("quantization", metavar="BITS", help="4bit or 8bit, as weights are loaded (bitsandbytes)")
+    add("revision", metavar="NAME", help="branch, tag or commit of a Hub id")
+    add("adapter", metavar="ID", help="PEFT adapter on the model: Hub id or folder")
+    add("trust_remote_code", action="store_true", help="run Python code that comes with the model")
+    add("allow_pickle", action="store_true", help="take weights that are not in safetensors format")
+    add("chat_template", metavar="FILE", help="Jinja chat template, for models without one")
+    add("system_prompt", metavar="TEXT", help="system message, where the template takes one")
+    add("thinking", action="store_true", help="let a reasoning model think before it answers")
+    rows = f"most rows through a layer at once{by_memory}"
+    add("batch_size", type=int, default=defaults.batch_size, metavar="ROWS", help=rows)
+    add("memory_budget", type=_bytes, metavar="SIZE", help="most memory beside the model, as 512MiB or 4GB")
+
+
+def _add_prompts(group: argparse._ArgumentGroup, defaults: Config) -> None:
+    add, prompts = partial(_add, group), defaults.prompts
+    files = ("FILE", ".json, .jsonl, .csv, .txt")
+    own, kind = ("FOLDER", "images with metadata.jsonl") if defaults.rules.images else files
+    add("harmful", type=Path, metavar=own, help=f"own harmful prompts: {kind}")
+    add("harmless", type=Path, metavar=own, help="own harmless prompts, likewise")
+    add("data_dir", type=Path, default=prompts.data_dir, help="where the published prompts are kept")
+    add("n_train", type=int, default=prompts.n_train, help="prompts of each kind for the direction")
+    add("n_val", type=int, default=prompts.n_val, help="prompts of each kind for its scores")
+    add("seed", type=int, default=prompts.seed, help="of the draw")
+    add("skip_filter", action="store_true", help="keep prompts whatever the model does with them")
+
+
+def _add_method(group: argparse._ArgumentGroup, defaults: Config) -> None:
+    add, thresholds, searches = partial(_add, group), defaults.thresholds, defaults.rules.searches
+    add("refusal_tokens", nargs="+", default=(), metavar="TOKEN", help="first tokens of a refusal: text or ids")
+    add("calibrate_refusal", action="store_true", help="find them from what the model itself says")
+    add("kl_threshold", type=float, default=thresholds.kl, help="discard candidates with a larger KL")
+    add("induce_threshold", type=float, default=thresholds.induce, help="... with a smaller steering score")
+    add("prune_layers", type=float, default=thresholds.prune_layers, help="... from this last part of the layers")
+    fewer = f"exhaustive: score them all; pruned: choose alike with less work (default: {searches[0]})"
+    add("search", choices=searches, help=fewer)
+    if defaults.rules.images:
+        add("top_k_candidates", type=int, default=VISION.top_k, metavar="K", help="score so many of lowest KL")
+
+
+def _add_output(group: argparse._ArgumentGroup, defaults: Config) -> None:
+    add = partial(_add, group)
+    add("output_dir", type=Path, default=defaults.output_dir, help="folder of the results")
+    add("resume", action="store_true", help="go on with a run that was cut off, from what it had finished")
+    add("sanity", action="store_true", help="show a few baseline, ablated and steered completions at the end")
 
 
 def config_from(arguments: argparse.Namespace, rules: Rules = TEXT) -> Config:

@@ -130,20 +130,12 @@ def _sweeps(ready: Prepared, config: Config) -> dict[str, list[Row]]:
 
 
 def token_layers(engine: Engine, rows: Sequence[Row], candidates: Candidates) -> int:
-    """How many (token, layer) pairs are run for these rows."""
-    depth = len(engine.stream.layers)
-
-    def layers(row: Row) -> int:
-        skipped = row.kind is Kind.STEERING and engine.name == "layer-major"
-        return depth - (candidates.layers[row.candidate] if skipped else 0)
-
-    def length(prompt: int) -> int:
-        return engine.prompts[prompt]["input_ids"].shape[-1] - engine.shared
-
+    """How many (token, layer) pairs are run for these rows, with what steered rows branch off and what rows share."""
     branching = {row.prompt for row in rows if row.kind is Kind.STEERING} if engine.name == "layer-major" else set()
     trunks = branching - {row.prompt for row in rows if row.kind is Kind.BASELINE}
-    own = sum(length(row.prompt) * layers(row) for row in rows) + sum(map(length, trunks)) * depth
-    leads = sum(map(layers, {(row.kind, row.candidate): row for row in rows}.values())) + depth * bool(trunks)
+    own = sum(engine.costs([*rows, *map(Row, trunks)], candidates))
+    interventions = {(row.kind, row.candidate): row for row in rows}.values()
+    leads = sum(engine.depth(row, candidates) for row in interventions) + len(engine.stream.layers) * bool(trunks)
     return own + engine.shared * leads
 
 

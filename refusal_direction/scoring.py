@@ -128,7 +128,7 @@ def measure_baseline(
         where = [place[rows[index].prompt] for index in ours]
         activations[where, :, layer] = hidden[ours, -n_positions:].to(activations)
 
-    mine = share(range(count), [float(inputs["input_ids"].shape[-1]) for inputs in engine.prompts])
+    mine = share(range(count), engine.costs([Row(prompt) for prompt in range(count)], None))
     engine.baseline(consume, observe, tick, prompts=mine)
     results = ("refusal", "mass", "activations", "logits")
     part = dict(zip(results, summed(refusal, mass, activations, logits_kept), strict=True))

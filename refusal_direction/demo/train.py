@@ -12,18 +12,16 @@ Only the train cores are seen, in every frame. Seeded; the same machine and vers
 
 from __future__ import annotations
 
-import argparse
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from transformers import GemmaConfig, GemmaForCausalLM, PreTrainedTokenizerFast
 
 from refusal_direction.demo import MODEL_DIR
 from refusal_direction.demo.compose import SplitSizes, split_cores
-from refusal_direction.demo.training import BOS, EOS, IGNORED, Phase, byte_level_tokenizer, optimise
+from refusal_direction.demo.training import BOS, EOS, IGNORED, Phase, byte_level_tokenizer, command, optimise
 from refusal_direction.demo.vocabulary import FRAMES, KINDS, Core, answer, fill, refusal
 
 __all__ = ["ChatPhase", "ModelShape", "Recipe", "train"]
@@ -169,14 +167,5 @@ def train(recipe: Recipe | None = None) -> tuple[GemmaForCausalLM, PreTrainedTok
     return model, tokenizer
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Train the demo model from its vocabulary.")
-    parser.add_argument("--output", type=Path, default=MODEL_DIR, help="folder to save to (default: the shipped model)")
-    output = parser.parse_args().output
-    model, tokenizer = train()
-    model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
-
-
 if __name__ == "__main__":
-    main()
+    command(train, "Train the demo model from its vocabulary.", MODEL_DIR)

@@ -5,8 +5,11 @@ It knows of no prompts, images or replies: a caller brings its loss.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -15,7 +18,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, S
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-__all__ = ["BOS", "EOS", "IGNORED", "PAD", "UNK", "Phase", "byte_level_tokenizer", "optimise"]
+__all__ = ["BOS", "EOS", "IGNORED", "PAD", "UNK", "Phase", "byte_level_tokenizer", "command", "optimise"]
 
 PAD, EOS, BOS, UNK = "<pad>", "<eos>", "<bos>", "<unk>"  # in the order of their ids in Gemma's own vocabulary
 IGNORED = -100  # label of tokens without a loss
@@ -72,3 +75,12 @@ def byte_level_tokenizer(texts: Iterable[str], size: int, more_special: Sequence
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token=BOS, eos_token=EOS, pad_token=PAD, unk_token=UNK, padding_side="left"
     )
+
+
+def command(train: Callable[[], tuple[Any, Any]], description: str, output: Path) -> None:
+    """The command line of a recipe: train a model with its tokenizer or processor, and save both (by default to `output`)."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--output", type=Path, default=output, help="folder to save to (default: the shipped model)")
+    folder = parser.parse_args().output
+    for part in train():
+        part.save_pretrained(folder)

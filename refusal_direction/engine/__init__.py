@@ -162,22 +162,20 @@ class Engine:
                 "so the scores would be wrong. Please report this model."
             )
 
-    def costs(self, rows: Sequence[Row], candidates: Candidates) -> list[float]:
-        """What each row costs, in tokens times layers."""
-        depth = len(self.stream.layers)
-        branches = self.name == "layer-major"
-        return [
-            float(self.prompts[row.prompt]["input_ids"].shape[-1])
-            * (depth - (candidates.layers[row.candidate] if branches and row.kind is Kind.STEERING else 0))
-            for row in rows
-        ]
+    def depth(self, row: Row, candidates: Candidates | None) -> int:
+        """How many layers a row goes through: steered rows branch off at their own, unless forwards are hooked."""
+        n_layers = len(self.stream.layers)
+        branches = candidates is not None and row.kind is Kind.STEERING and self.name == "layer-major"
+        return n_layers - candidates.layers[row.candidate] if branches and candidates is not None else n_layers
+
+    def costs(self, rows: Sequence[Row], candidates: Candidates | None) -> list[int]:
+        """What each row costs, in tokens (those that are not shared) times layers."""
+        lengths = [inputs["input_ids"].shape[-1] - self.shared for inputs in self.prompts]
+        return [lengths[row.prompt] * self.depth(row, candidates) for row in rows]
 
     def work(self, rows: Sequence[Row], candidates: Candidates) -> int:
         """The number of (row, layer) pairs that `intervene` will report."""
-        depth = len(self.stream.layers)
-        steered = (candidates.layers[row.candidate] for row in rows if row.kind is Kind.STEERING)
-        saved = sum(steered) if self.name == "layer-major" else 0
-        return len(rows) * depth - saved
+        return sum(self.depth(row, candidates) for row in rows)
 
 
 def _at_most(total: int, tick: Tick) -> Tick:

@@ -11,11 +11,9 @@ Seeded; the same machine and versions give the same weights.
 
 from __future__ import annotations
 
-import argparse
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,7 +22,7 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import PaliGemmaForConditionalGeneration, PaliGemmaProcessor
 
-from refusal_direction.demo.training import IGNORED, Phase, optimise
+from refusal_direction.demo.training import IGNORED, Phase, command, optimise
 from refusal_direction.demo.vision import MODEL_DIR
 from refusal_direction.demo.vision.build import ModelShape, new_model, new_processor
 from refusal_direction.demo.vision.draw import draw
@@ -176,14 +174,5 @@ def train(recipe: Recipe | None = None) -> tuple[PaliGemmaForConditionalGenerati
     return model, processor
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Train the vision-language demo model from nothing.")
-    parser.add_argument("--output", type=Path, default=MODEL_DIR, help="folder to save to (default: the shipped model)")
-    output = parser.parse_args().output
-    model, processor = train()
-    model.save_pretrained(output)
-    processor.save_pretrained(output)
-
-
 if __name__ == "__main__":
-    main()
+    command(train, "Train the vision-language demo model from nothing.", MODEL_DIR)
