@@ -150,10 +150,12 @@ def test_resumed_scores_are_those_of_an_uninterrupted_run(tmp_path: Path, kept: 
 
 def test_finished_parts_are_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = make_problem()
-    both_sweeps(small_parts(), problem, Checkpoints(tmp_path, "run", resume=False))
+    first = both_sweeps(small_parts(), problem, Checkpoints(tmp_path, "run", resume=False))
     monkeypatch.setattr(Engine, "baseline", lambda *_, **__: pytest.fail("sweep 1 was run again"))
     monkeypatch.setattr(Engine, "intervene", lambda *_, **__: pytest.fail("sweep 2 was run again"))
-    both_sweeps(small_parts(), problem, Checkpoints(tmp_path, "run", resume=True))
+    again = both_sweeps(small_parts(), problem, Checkpoints(tmp_path, "run", resume=True))
+    assert torch.equal(again.ablation.nan_to_num(9.0), first.ablation.nan_to_num(9.0))
+    assert torch.equal(again.kl.nan_to_num(9.0), first.kl.nan_to_num(9.0))
 
 
 def test_a_run_that_fell_back_resumes_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,7 +148,10 @@ def test_what_a_system_prompt_says_does_not_decide_whether_it_is_taken():
     """A template may trim, escape or quote it."""
     chat = chat_of("chatml")
     quoting = chat.tokenizer.chat_template.replace("message['content'] | trim", "message['content'] | tojson")
-    replace(chat, chat_template=quoting, system_prompt='Say "yes"\n').check_system_prompt()
+    told = replace(chat, chat_template=quoting, system_prompt='Say "yes"\n')
+    told.check_system_prompt()  # raises where it is not taken
+    assert "Say" in told.render("Hi")
+    assert told.system_prompt not in told.render("Hi")  # control: it is not there as it was written
 
 
 def test_the_default_system_message_of_a_template_gives_way_to_an_empty_one():
