@@ -76,7 +76,7 @@ def share_along(x: Float[Tensor, "row token d_model"], u: Float[Tensor, "row d_m
     Ablation by a u that is not quite of unit length (rounded, or of a direction of about 1e-8) leaves 1 - |u|^2 of what
     lay along it; so much is taken off. What is not a number counts as nothing: such scores are discarded later.
     """
-    x, u = x.float(), u.to(x.device).float()
+    x, u = x.float(), u.float().to(x.device)
     length = u.norm(dim=-1, keepdim=True)
     along = torch.bmm(x, (u / length.clamp_min(1e-30)).unsqueeze(-1)).squeeze(-1).abs()
     share = along / x.norm(dim=-1).clamp_min(1e-30) - (1 - length**2).abs()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,8 +15,11 @@ from refusal_direction.engine import Candidates, Engine
 from refusal_direction.engine.interventions import ResidualStream, ablated
 from refusal_direction.models.refusal_tokens import RefusalTokens
 from refusal_direction.scoring import Baseline, Scores, intervention_rows, measure_baseline, score_candidates
-from tests.families import VOCAB, Family, layers_of
+from tests.families.building import Family, layers_of
+from tests.families.sizes import VOCAB
 from tests.oracles import reference, stream
+
+Prompt = TypeVar("Prompt")
 
 N_POSITIONS = 3
 REFUSAL_TOKENS = (7, 11)
@@ -24,27 +29,27 @@ _LENGTHS = (4, 7, 2, 9, 4, 6)  # shorter and longer than the sliding windows
 
 
 @dataclass(frozen=True)
-class Problem:
-    """Token ids of the four sets of prompts, of several lengths."""
+class Sets(ABC, Generic[Prompt]):
+    """The four sets of prompts, of several lengths."""
 
-    harmful_train: list[list[int]]
-    harmless_train: list[list[int]]
-    harmful_val: list[list[int]]
-    harmless_val: list[list[int]]
+    harmful_train: list[Prompt]
+    harmless_train: list[Prompt]
+    harmful_val: list[Prompt]
+    harmless_val: list[Prompt]
+
+    @staticmethod
+    @abstractmethod
+    def as_inputs(prompt: Prompt) -> dict[str, Tensor]:
+        """The model's inputs: a batch of one, not padded."""
 
     @property
-    def sets(self) -> dict[str, list[list[int]]]:
-        return {
-            "harmful_train": self.harmful_train,
-            "harmless_train": self.harmless_train,
-            "harmful_val": self.harmful_val,
-            "harmless_val": self.harmless_val,
-        }
+    def sets(self) -> dict[str, list[Prompt]]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
     def inputs(self) -> list[dict[str, Tensor]]:
         """The model's inputs for every prompt, set after set."""
-        return [as_inputs(prompt) for members in self.sets.values() for prompt in members]
+        return [self.as_inputs(prompt) for members in self.sets.values() for prompt in members]
 
     def indices(self) -> dict[str, list[int]]:
         """For each set, the places of its prompts in `inputs`."""
@@ -53,6 +58,18 @@ class Problem:
             begin = sum(map(len, places.values()))
             places[name] = list(range(begin, begin + len(members)))
         return places
+
+
+def as_inputs(prompt: list[int]) -> dict[str, Tensor]:
+    """A batch of one, not padded."""
+    ids = torch.tensor([prompt])
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+class Problem(Sets[list[int]]):
+    """Prompts are token ids."""
+
+    as_inputs = staticmethod(as_inputs)
 
 
 @dataclass(frozen=True)
@@ -64,12 +81,6 @@ class Answer:
     candidates: Tensor
     """[position, layer, d_model]"""
     scores: Scores
-
-
-def as_inputs(prompt: list[int]) -> dict[str, Tensor]:
-    """A batch of one, not padded."""
-    ids = torch.tensor([prompt])
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def make_problem(seed: int = 0, *, n_train: int = 5, n_val: int = 4) -> Problem:
@@ -91,12 +102,12 @@ def make_problem(seed: int = 0, *, n_train: int = 5, n_val: int = 4) -> Problem:
 
 
 def engine_of(
-    model: PreTrainedModel, problem: Problem, batch_size: int | None = None, observed: int | None = N_POSITIONS
+    model: PreTrainedModel, problem: Sets[Any], batch_size: int | None = None, observed: int | None = N_POSITIONS
 ) -> Engine:
     return Engine(ResidualStream(model), problem.inputs, batch_size, observed=observed)
 
 
-def solve(engine: Engine, problem: Problem) -> Answer:
+def solve(engine: Engine, problem: Sets[Any]) -> Answer:
     """Both sweeps of the package, as its pipeline runs them, with every prompt kept."""
     tokens = RefusalTokens(REFUSAL_TOKENS, ("a", "b"), "a test")
     places = problem.indices()
@@ -123,7 +134,7 @@ def solve_slowly(model: PreTrainedModel, family: Family, problem: Problem) -> re
     )
 
 
-def differences(answer: Answer, expected: reference.Report, problem: Problem) -> dict[str, float]:
+def differences(answer: Answer, expected: reference.Report, problem: Sets[Any]) -> dict[str, float]:
     """The largest difference in each quantity; that of the candidates is relative to the largest of them."""
     places = problem.indices()
     refusal = answer.baseline.refusal

@@ -23,7 +23,7 @@ every_family = pytest.mark.parametrize("name", FAMILIES)
 every_family_and_sharing = pytest.mark.parametrize(
     "family", [*FAMILIES.values(), SHARING_FAMILY], ids=[*FAMILIES, "gemma4"]
 )
-post_norm_family = pytest.mark.parametrize("name", ["gemma2", "gemma3", "olmo2", "glm4"])
+post_norm_family = pytest.mark.parametrize("name", ["gemma2", "gemma3_text", "olmo2", "glm4"])
 
 
 def random_direction(seed: int, rows: int | None = None) -> Tensor:
@@ -140,8 +140,12 @@ def test_reference_does_not_depend_on_padding(name: str) -> None:
     assert torch.allclose(together, torch.stack(apart), atol=1e-5, rtol=1e-5)
 
 
-def test_oracles_import_nothing_of_the_package() -> None:
-    for path in Path(reference.__file__).parent.glob("*.py"):
+def test_oracles_and_families_import_nothing_of_the_package() -> None:
+    oracles = Path(reference.__file__).parent
+    paths = [*oracles.glob("*.py"), *(oracles.parent / "families" / "tables").glob("*.py")]
+    paths += [oracles.parent / "families" / f"{name}.py" for name in ("building", "sizes", "vision")]
+    assert len(paths) > 10
+    for path in paths:
         imported = [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.ImportFrom)]
         assert not [node.module for node in imported if (node.module or "").startswith("refusal_direction")]
         assert "import refusal_direction" not in path.read_text("utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from refusal_direction.engine import Candidates, Engine, Kind, Row
 from refusal_direction.engine.interventions import ResidualStream
 from refusal_direction.engine.layer_major import LayerMajor
 from refusal_direction.engine.prefix import Prefix, common_length, find_prefix
-from tests.families import D_MODEL, FAMILIES, N_LAYERS, VOCAB, build
+from tests.families import D_MODEL, FAMILIES, N_LAYERS, TEXT_FAMILIES, VOCAB, build
 from tests.problems import N_POSITIONS, as_inputs, engine_of, make_problem, solve
 
 some_families = pytest.mark.parametrize("name", ["llama", "gemma2", "bloom", "gpt2", "mixtral"])
@@ -145,6 +146,13 @@ def test_layers_that_look_ahead_share_nothing(monkeypatch: pytest.MonkeyPatch) -
         own = layer.mlp.forward
         monkeypatch.setattr(layer.mlp, "forward", lambda x, own=own: own(x + x.mean(1, keepdim=True)))
     assert prefix_of(engine_of(model, problem)) is None
+
+
+def test_attention_that_looks_ahead_shares_nothing() -> None:
+    """As an encoder BERT attends both ways; what follows the opening is right with the opening apart, the opening is not."""
+    decoder = TEXT_FAMILIES["bert"]
+    assert prefix_of(engine_of(build(decoder), make_problem())) is not None
+    assert prefix_of(engine_of(build(replace(decoder, config={})), make_problem())) is None
 
 
 def test_layers_with_another_kind_of_cache_share_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

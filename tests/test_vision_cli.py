@@ -23,7 +23,7 @@ from refusal_direction.models import refusal_tokens
 from refusal_direction.models.loading import load_vision_model
 from refusal_direction.prompts import vision
 from tests.families import D_MODEL, N_LAYERS
-from tests.vision_families import save_paligemma2
+from tests.processors import save_paligemma2
 
 # PaliGemma's processor makes NumPy arrays of tensors
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:transformers.*")
@@ -344,7 +344,7 @@ def test_a_direction_of_length_zero_is_never_selected(run: Run, tmp_path: Path) 
 
 
 def test_a_single_validation_prompt_has_no_standard_error(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(sizes=("--n_train", "2", "--n_val", "1")) == 0
+    assert run("--induce_threshold", "-50", sizes=("--n_train", "2", "--n_val", "1")) == 0
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith(DOUBT)
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,36 +11,23 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from refusal_direction import engine as engine_module
-from refusal_direction.directions import mean_difference
-from refusal_direction.engine import Candidates, Engine, Kind, Row
-from refusal_direction.engine.interventions import ResidualStream, ablated
+from refusal_direction.engine import Candidates, Kind, Row
+from refusal_direction.engine.interventions import ablated
 from refusal_direction.errors import UnsupportedModelError
-from refusal_direction.models.refusal_tokens import RefusalTokens
-from refusal_direction.scoring import intervention_rows, measure_baseline, score_candidates
-from tests import vision_families
-from tests.families import D_MODEL, N_LAYERS
-from tests.oracles import reference, stream
-from tests.problems import Answer
-from tests.vision_families import (
-    N_POSITIONS,
-    REFUSAL_TOKENS,
-    SIDE,
-    VISION_FAMILIES,
-    VisionProblem,
-    activations,
-    build,
-    counted_images,
-    known,
-    layers_of,
-    make_problem,
-    slowly_ablated,
-    solve_slowly,
-)
+from tests.families import D_MODEL, N_LAYERS, layers_of
+from tests.families.tables import VISION_FAMILIES as EVERY_FAMILY
+from tests.families.vision import IMAGE, SIDE, build_vision, counted_images
+from tests.oracles import one_by_one, reference, stream
+from tests.problems import N_POSITIONS, Answer, differences, engine_of, solve
+from tests.vision_problems import VisionProblem, known_vision, make_vision_problem, solve_vision_slowly
 
 SCORE_TOLERANCE = 1e-4
 LEAK_TOLERANCE = 1e-5
 MORE_IMAGES = 8
 """How many images more than there are prompts the tower may see, whatever the number of candidates."""
+
+VISION_FAMILIES = {name: family for name, family in EVERY_FAMILY.items() if family.writes}
+"""Those whose writes and towers are known."""
 
 every_family = pytest.mark.parametrize("name", VISION_FAMILIES)
 post_norm_family = pytest.mark.parametrize("name", ["paligemma2", "gemma3"])
@@ -52,49 +37,22 @@ def random_direction(seed: int) -> Tensor:
     return torch.randn(D_MODEL, generator=torch.Generator().manual_seed(seed))
 
 
-def engine_of(model: PreTrainedModel, problem: VisionProblem, batch_size: int | None = 4) -> Engine:
-    return Engine(ResidualStream(model), problem.inputs, batch_size)
-
-
-def solve(engine: Engine, problem: VisionProblem) -> Answer:
-    """Both sweeps of the package, with every prompt kept."""
-    tokens, places = RefusalTokens(REFUSAL_TOKENS, ("a", "b"), "a test"), problem.indices()
-    observed = places["harmful_train"] + places["harmless_train"]
-    baseline = measure_baseline(engine, tokens, N_POSITIONS, observed=observed, kept=places["harmless_val"])
-    middle = len(places["harmful_train"])
-    candidates = mean_difference(baseline.activations[:middle], baseline.activations[middle:])
-    flat = Candidates(candidates.flatten(0, 1), tuple(range(N_LAYERS)) * N_POSITIONS)
-    rows = intervention_rows(flat, harmful=places["harmful_val"], harmless=places["harmless_val"])
-    return Answer(engine, baseline, candidates, score_candidates(engine, tokens, flat, rows, baseline, places))
-
-
 def largest_difference(answer: Answer, expected: reference.Report, problem: VisionProblem) -> float:
-    """Over all quantities; activations' differences are relative to the largest of them."""
-    places, refusal = problem.indices(), answer.baseline.refusal
-    size = expected.candidates.abs().max()
-    pairs = [
-        (answer.candidates / size, expected.candidates / size),
-        (refusal[places["harmful_val"]], expected.baseline_harmful),
-        (refusal[places["harmless_val"]], expected.baseline_harmless),
-        (answer.scores.ablation, expected.ablation.flatten(0, 1)),
-        (answer.scores.steering, expected.steering.flatten(0, 1)),
-        (answer.scores.kl, expected.kl.flatten(0, 1)),
-    ]
-    return max(float((ours - theirs).abs().max()) for ours, theirs in pairs)
+    return max(differences(answer, expected, problem).values())
 
 
 @cache
 def reference_case(name: str) -> tuple[PreTrainedModel, VisionProblem, reference.Report]:
     """A model, a problem, and the slow reference's answer, which several tests look at."""
     family = VISION_FAMILIES[name]
-    model, problem = build(family), make_problem(family)
-    return model, problem, solve_slowly(model, family, problem)
+    model, problem = build_vision(family), make_vision_problem(family)
+    return model, problem, solve_vision_slowly(model, family, problem)
 
 
 @every_family
 def test_candidates_and_scores_agree_with_the_slow_reference(name: str) -> None:
     model, problem, expected = reference_case(name)
-    answer = solve(engine_of(model, problem), problem)
+    answer = solve(engine_of(model, problem, 4), problem)
     assert answer.engine.name == "layer-major"
     assert answer.candidates.shape == (N_POSITIONS, N_LAYERS, D_MODEL)
     assert largest_difference(answer, expected, problem) < SCORE_TOLERANCE
@@ -103,9 +61,11 @@ def test_candidates_and_scores_agree_with_the_slow_reference(name: str) -> None:
 @every_family
 def test_activations_agree_with_the_slow_reference(name: str) -> None:
     family = VISION_FAMILIES[name]
-    model, problem = build(family), make_problem(family)
-    answer = solve(engine_of(model, problem), problem)
-    expected = activations(model, family, [*problem.harmful_train, *problem.harmless_train])
+    model, problem = build_vision(family), make_vision_problem(family)
+    answer = solve(engine_of(model, problem, 4), problem)
+    expected = one_by_one.activations(
+        known_vision(model, family), [*problem.harmful_train, *problem.harmless_train], N_POSITIONS
+    )
     assert torch.allclose(answer.baseline.activations, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -127,10 +87,12 @@ def test_reference_scores_move_under_the_interventions(name: str) -> None:
 def test_reference_activations_depend_on_the_image(name: str) -> None:
     """Control of the agreement: an image lost or given to another prompt would show."""
     family = VISION_FAMILIES[name]
-    model, problem = build(family), make_problem(family)
+    model, problem = build_vision(family), make_vision_problem(family)
     one, other = problem.harmful_train[:2]
     swapped = {**one, "pixel_values": other["pixel_values"]}
-    before, after = (activations(model, family, [prompt]) for prompt in (one, swapped))
+    before, after = (
+        one_by_one.activations(known_vision(model, family), [prompt], N_POSITIONS) for prompt in (one, swapped)
+    )
     above_two = (before - after)[:, :, 2:]  # a sliding window may keep the image out of the first layer's reach
     assert (above_two.abs().amax(-1) > 50 * SCORE_TOLERANCE).all()
 
@@ -146,11 +108,11 @@ def test_reference_activations_depend_on_the_image(name: str) -> None:
 )
 def test_images_of_several_sizes_agree_with_the_slow_reference(name: str, shapes: list[tuple[int, int, int]]) -> None:
     family = VISION_FAMILIES[name]
-    model, problem = build(family), make_problem(family, shapes=shapes)
+    model, problem = build_vision(family), make_vision_problem(family, shapes=shapes)
     assert len({prompt["pixel_values"].shape for prompt in problem.inputs}) == len(shapes)
-    answer = solve(engine_of(model, problem), problem)
+    answer = solve(engine_of(model, problem, 4), problem)
     assert answer.engine.name == "layer-major"
-    assert largest_difference(answer, solve_slowly(model, family, problem), problem) < SCORE_TOLERANCE
+    assert largest_difference(answer, solve_vision_slowly(model, family, problem), problem) < SCORE_TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["paligemma2", "qwen3_vl"])
@@ -160,7 +122,7 @@ def test_plain_hooked_forwards_agree_with_the_slow_reference(name: str, monkeypa
 
     monkeypatch.setattr(engine_module.LayerMajor, "__init__", refuse)
     model, problem, expected = reference_case(name)
-    answer = solve(engine_of(model, problem), problem)
+    answer = solve(engine_of(model, problem, 4), problem)
     assert answer.engine.name == "hooked"
     assert largest_difference(answer, expected, problem) < SCORE_TOLERANCE
 
@@ -169,19 +131,19 @@ def test_plain_hooked_forwards_agree_with_the_slow_reference(name: str, monkeypa
 def test_a_text_token_may_have_any_id_and_so_may_the_image_token(name: str) -> None:
     """The residual stream is looked for on a few text tokens of low ids; here one of them stands for images."""
     low, family = 5, VISION_FAMILIES[name]
-    moved = {key: low for key, token in family.config.items() if token == vision_families.IMAGE}
+    moved = {key: low for key, token in family.config.items() if token == IMAGE}
     low_family = replace(family, config={**family.config, **moved})
-    model, problem = build(low_family), make_problem(low_family, n_train=2, n_val=1)
+    model, problem = build_vision(low_family), make_vision_problem(low_family, n_train=2, n_val=1)
     for prompt in problem.inputs:
-        prompt["input_ids"][prompt["input_ids"] == vision_families.IMAGE] = low
-    answer = solve(engine_of(model, problem), problem)
-    assert largest_difference(answer, solve_slowly(model, low_family, problem), problem) < SCORE_TOLERANCE
+        prompt["input_ids"][prompt["input_ids"] == IMAGE] = low
+    answer = solve(engine_of(model, problem, 4), problem)
+    assert largest_difference(answer, solve_vision_slowly(model, low_family, problem), problem) < SCORE_TOLERANCE
 
 
 @every_family
 def test_ablated_stream_is_orthogonal_at_every_addition(name: str) -> None:
     family = VISION_FAMILIES[name]
-    model, u, prompt = build(family), random_direction(1), make_problem(family).inputs[0]
+    model, u, prompt = build_vision(family), random_direction(1), make_vision_problem(family).inputs[0]
     with ablated(model, u), stream.followed(layers_of(model, family), u) as leaks, torch.no_grad():
         model(**prompt, use_cache=False)
     assert len(leaks.additions) >= 2 * N_LAYERS
@@ -191,8 +153,8 @@ def test_ablated_stream_is_orthogonal_at_every_addition(name: str) -> None:
 @every_family
 def test_stream_in_the_engine_is_orthogonal_at_every_addition(name: str) -> None:
     family = VISION_FAMILIES[name]
-    model, u, problem = build(family), random_direction(2), make_problem(family)
-    engine = engine_of(model, problem)
+    model, u, problem = build_vision(family), random_direction(2), make_vision_problem(family)
+    engine = engine_of(model, problem, 4)
     rows = [Row(prompt, Kind.ABLATION, 0) for prompt in range(len(problem.inputs))]
     with stream.followed(layers_of(model, family), u) as leaks:
         engine.intervene(rows, Candidates(u.unsqueeze(0), (1,)), lambda rows, logits: None)
@@ -205,7 +167,7 @@ def test_stream_in_the_engine_is_orthogonal_at_every_addition(name: str) -> None
 def test_plain_stream_is_not_orthogonal(name: str) -> None:
     """Control: the oracle sees what ablation takes away."""
     family = VISION_FAMILIES[name]
-    model, u, prompt = build(family), random_direction(1), make_problem(family).inputs[0]
+    model, u, prompt = build_vision(family), random_direction(1), make_vision_problem(family).inputs[0]
     with stream.followed(layers_of(model, family), u) as leaks, torch.no_grad():
         model(**prompt, use_cache=False)
     assert min(leaks.additions) > 100 * LEAK_TOLERANCE
@@ -215,8 +177,8 @@ def test_plain_stream_is_not_orthogonal(name: str) -> None:
 def test_hooking_module_outputs_as_published_code_does_leaves_the_direction_in_the_stream(name: str) -> None:
     """PaliGemma 2's text model is Gemma 2: a norm stands between its modules and the stream."""
     family = VISION_FAMILIES[name]
-    model, u, prompt = build(family), random_direction(1), make_problem(family).inputs[0]
-    published = known(model, family, writes=("self_attn", "mlp"))
+    model, u, prompt = build_vision(family), random_direction(1), make_vision_problem(family).inputs[0]
+    published = known_vision(model, family, writes=("self_attn", "mlp"))
     with reference.ablated(published, u), stream.followed(published.layers, u) as leaks, torch.no_grad():
         of_published = model(**prompt, use_cache=False).logits[0, -1]
     assert leaks.inputs[0] < LEAK_TOLERANCE  # the embedding is clean
@@ -231,8 +193,8 @@ def test_hooking_module_outputs_as_published_code_does_leaves_the_direction_in_t
 def test_hooking_module_outputs_is_right_where_nothing_stands_between(name: str) -> None:
     """Control: the leak above is the norms' doing, not the oracle's."""
     family = VISION_FAMILIES[name]
-    model, u, prompt = build(family), random_direction(1), make_problem(family).inputs[0]
-    published = known(model, family, writes=("self_attn", "mlp"))
+    model, u, prompt = build_vision(family), random_direction(1), make_vision_problem(family).inputs[0]
+    published = known_vision(model, family, writes=("self_attn", "mlp"))
     with reference.ablated(published, u), stream.followed(published.layers, u) as leaks, torch.no_grad():
         model(**prompt, use_cache=False)
     assert leaks.worst < LEAK_TOLERANCE
@@ -241,13 +203,14 @@ def test_hooking_module_outputs_is_right_where_nothing_stands_between(name: str)
 def test_what_qwen3_adds_between_layers_is_a_write_too() -> None:
     """Control: without the oracle's own hooks between the layers the direction comes back with the image's features."""
     family = VISION_FAMILIES["qwen3_vl"]
-    model, u, prompt = build(family), random_direction(1), make_problem(family).inputs[0]
+    model, u, prompt = build_vision(family), random_direction(1), make_vision_problem(family).inputs[0]
     layers = layers_of(model, family)
-    with reference.ablated(known(model, family), u), stream.followed(layers, u) as leaks, torch.no_grad():
+    layers_only = replace(known_vision(model, family), adds_between_layers=False)
+    with reference.ablated(layers_only, u), stream.followed(layers, u) as leaks, torch.no_grad():
         model(**prompt, use_cache=False)
     assert leaks.inputs[0] < LEAK_TOLERANCE
     assert min(leaks.inputs[1:]) > 0.01
-    with slowly_ablated(model, family, u), stream.followed(layers, u) as right, torch.no_grad():
+    with reference.ablated(known_vision(model, family), u), stream.followed(layers, u) as right, torch.no_grad():
         model(**prompt, use_cache=False)
     assert right.worst < LEAK_TOLERANCE
 
@@ -255,9 +218,9 @@ def test_what_qwen3_adds_between_layers_is_a_write_too() -> None:
 @every_family
 def test_the_vision_tower_runs_once_a_prompt_for_the_whole_run(name: str) -> None:
     family = VISION_FAMILIES[name]
-    model, problem = build(family), make_problem(family)
+    model, problem = build_vision(family), make_vision_problem(family)
     with counted_images(model, family) as seen:
-        engine = engine_of(model, problem)
+        engine = engine_of(model, problem, 4)
         rows = [
             Row(prompt, kind, 0) for prompt in range(len(problem.inputs)) for kind in (Kind.BASELINE, Kind.STEERING)
         ]
@@ -272,16 +235,8 @@ def test_the_vision_tower_runs_once_a_prompt_for_the_whole_run(name: str) -> Non
 def test_the_reference_runs_the_vision_tower_for_every_candidate(name: str) -> None:
     """Control: the count sees what a plain loop over the candidates costs."""
     family = VISION_FAMILIES[name]
-    model, problem = build(family), make_problem(family)
+    model, problem = build_vision(family), make_vision_problem(family)
     with counted_images(model, family) as seen:
-        solve_slowly(model, family, problem)
+        solve_vision_slowly(model, family, problem)
     of_candidate = len(problem.harmful_val) + 2 * len(problem.harmless_val)
     assert sum(seen) == len(problem.inputs) + N_POSITIONS * N_LAYERS * of_candidate
-
-
-def test_the_reference_imports_nothing_of_the_package() -> None:
-    tree = ast.parse(Path(vision_families.__file__).read_text("utf-8"))
-    imported = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    imported += [name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names]
-    assert imported
-    assert not [module for module in imported if module.startswith("refusal_direction")]

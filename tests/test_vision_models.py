@@ -43,16 +43,11 @@ from refusal_direction.models.vision import VisionChatModel
 from refusal_direction.prompts import Prompt
 from refusal_direction.prompts.images import UnusableImageError, usable
 from refusal_direction.scoring import measure_baseline
-from tests.families import D_MODEL, N_LAYERS
+from tests.families import D_MODEL, N_LAYERS, layers_of
+from tests.families.tables import VISION_FAMILIES
+from tests.families.vision import SIDE
 from tests.oracles import stream
-from tests.vision_families import (
-    SIDE,
-    VISION_FAMILIES,
-    built_for,
-    demo_tokenizer,
-    layers_of,
-    paligemma_processor,
-)
+from tests.processors import built_for, demo_tokenizer, paligemma_processor
 
 # PaliGemma's processor makes NumPy arrays of tensors
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:transformers.*")

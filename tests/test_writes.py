@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import ExitStack
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from refusal_direction.engine.interventions import ResidualStream
 from refusal_direction.errors import UnsupportedModelError
 from refusal_direction.models.layers import find_layers
-from refusal_direction.models.writes import WriteSite, find_writes
+from refusal_direction.models.writes import WriteSite, find_writes, kind_of
 from tests.families import D_MODEL, FAMILIES, N_LAYERS, SHARING_FAMILY, Family, build, layers_of
 
 all_families = pytest.mark.parametrize("family", [*FAMILIES.values(), SHARING_FAMILY], ids=[*FAMILIES, "gemma4"])
@@ -95,10 +96,32 @@ class Layer(nn.Module):
 
 
 class PostNormLayer(Layer):
-    """Normalises the stream itself, as BERT and the first transformer do: nothing is merely added."""
+    """Normalises the stream itself, as BERT and the first transformer do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second_norm = nn.RMSNorm(D_MODEL)
+        nn.init.normal_(self.second_norm.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x + self.attention(x))
+        x = self.norm(x + self.attention(x))
+        return self.second_norm(0.5 * x + 2 * self.mlp(x))
+
+
+class NormedLayer(PostNormLayer):
+    """Normalises the stream before it adds to it, as MiniMax does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        x = 3 * x + self.attention(x)
+        return self.second_norm(x) + self.mlp(x)
+
+
+class MixingLayer(PostNormLayer):
+    """What stands on the stream is no norm: inside it the direction could come back unseen."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x + self.attention(x))
 
 
 class FunctionalLayer(Layer):
@@ -167,10 +190,38 @@ def test_write_that_is_small_beside_the_others_is_not_left_out(share: float) -> 
     assert [site.module for site in _writes(layer)] == ["attention", "mlp.2"]
 
 
-@pytest.mark.parametrize("layer", [PostNormLayer, FunctionalLayer, GatedLayer, ReusingLayer])
+@pytest.mark.parametrize("layer", [MixingLayer, FunctionalLayer, GatedLayer, ReusingLayer])
 def test_layer_that_does_more_than_add_outputs_is_refused(layer: type[nn.Module]) -> None:
     with pytest.raises(UnsupportedModelError, match="residual writes of .* were not found"):
         _writes(layer())
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_norms_on_the_stream_are_writes(affine: bool) -> None:
+    post, normed = PostNormLayer(), NormedLayer()
+    if not affine:
+        post.norm = normed.norm = nn.LayerNorm(D_MODEL, elementwise_affine=False)
+    assert [site.module for site in _writes(post)] == ["attention", "norm", "mlp.2", "second_norm"]
+    assert [site.module for site in _writes(normed)] == ["norm", "attention", "second_norm", "mlp.2"]
+
+
+def test_dropout_in_training_is_refused_with_the_remedy() -> None:
+    class WithDropout(Layer):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + nn.functional.dropout(self.attention(x), 0.5, self.training)
+
+    layer = WithDropout()
+    with pytest.raises(UnsupportedModelError, match=re.escape("call model.eval()")):
+        _writes(layer)
+    assert [site.module for site in _writes(layer.eval())] == ["attention"]
+
+
+def test_layers_with_other_weights_are_of_another_kind() -> None:
+    """GPT-NeoX Japanese adds a bias in its last layer, by a weight and not by a submodule."""
+    plain, biased = Layer(), Layer()
+    assert kind_of(plain) == kind_of(biased)
+    biased.attention.register_parameter("added", nn.Parameter(torch.ones(D_MODEL)))
+    assert kind_of(plain) != kind_of(biased)
 
 
 def test_write_in_a_tuple_is_found_with_its_place() -> None:
@@ -185,7 +236,7 @@ def test_finder_leaves_the_layer_and_its_input_as_they_were() -> None:
     assert torch.equal(HIDDEN, before)
     assert all(not module._forward_hooks for module in layer.modules())
     with pytest.raises(UnsupportedModelError):
-        _writes(broken := PostNormLayer())
+        _writes(broken := FunctionalLayer())
     assert all(not module._forward_hooks for module in broken.modules())
 
 

@@ -32,11 +32,12 @@ class ResidualStream:
     """Where a model's residual stream runs: its layers, and the writes of each."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.skeleton = Skeleton(model)
+        self.skeleton, self.training = Skeleton(model), model.training
         self.layers = self.skeleton.layers
         ids = torch.arange(3, 3 + _PROBE_TOKENS, device=execution_device(model)).unsqueeze(0)
         with resident(*self.skeleton.outer, recurse=False):
             prelude = self.skeleton.prelude({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+            self.skeleton.verify(prelude, ids)
         self.shares_state = any(call.shares_state for call in prelude.calls)
         """Whether layers hand state on to each other besides the stream (Gemma 3n and 4: keys and values)."""
         with ExitStack() as failed:
@@ -119,12 +120,12 @@ def _ablate_output(site: WriteSite, u: Tensor) -> Callable[..., Any]:
 
 
 def residual_stream(model: PreTrainedModel) -> ResidualStream:
-    """The model's residual stream, found at the first call.
+    """The model's residual stream, found at the first call, and anew once dropout may have come into play.
 
     Raises UnsupportedModelError where it cannot be found.
     """
     stream = model.__dict__.get(_STREAM)
-    if stream is None:
+    if stream is None or stream.training != model.training:
         stream = model.__dict__[_STREAM] = ResidualStream(model)
         stream.skeleton.held.close()
     return stream

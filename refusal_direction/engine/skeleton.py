@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from refusal_direction.engine.arguments import map_tensors
 from refusal_direction.engine.residency import execution_device, outside, resident
 from refusal_direction.errors import UnsupportedModelError
-from refusal_direction.models.layers import find_layers
+from refusal_direction.models.layers import find_layers, other_blocks
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -143,11 +143,55 @@ class Skeleton:
             output = call.output(forward, hidden.clone())
             self._tuple_length[type(layer)] = len(output) if isinstance(output, tuple) else 0
 
+    def _check_turn(self, index: int, turn: int) -> None:
+        """Raise UnsupportedModelError unless layer `index` (or the end of all) is what comes next."""
+        if index == turn:
+            return
+        what = f"does not run layer {turn} on text alone" if index > turn else f"runs layer {index} again"
+        raise UnsupportedModelError(
+            f"The forward of {type(self.model).__name__} {what}. Candidate directions belong to layers that run once each, one "
+            "after the other, so no direction is computed for this model."
+        )
+
+    @torch.no_grad()
+    def verify(self, prelude: Prelude, ids: Int[Tensor, "row token"]) -> None:
+        """Raise UnsupportedModelError where the stream does more than run once through the layers.
+
+        Args:
+            prelude: of `ids`.
+        """
+        name, shape = type(self.model).__name__, tuple(prelude.hidden.shape)
+        if shape[:-1] != ids.shape:
+            raise UnsupportedModelError(
+                f"{name} carries several residual streams side by side: {ids.shape[1]} tokens reach its layers in the shape "
+                f"{shape}, not (1, {ids.shape[1]}, d_model). The method is defined for one stream, so no direction is computed "
+                "for this model."
+            )
+        begun = False
+
+        def begin(layer: nn.Module, args: Any) -> None:
+            nonlocal begun
+            begun = True
+
+        def refuse(block: nn.Module, args: Any) -> None:
+            if begun:
+                raise UnsupportedModelError(
+                    f"In {name} the residual stream also runs through {type(block).__name__}, which is none of its "
+                    f"{len(self.layers)} decoder layers, so no direction is computed for this model."
+                )
+
+        with ExitStack() as hooks:
+            hooks.callback(self.layers[0].register_forward_pre_hook(begin).remove)
+            for block in other_blocks(self.model, self.layers):
+                hooks.callback(block.register_forward_pre_hook(refuse).remove)
+            self.tail(prelude.hidden[:, -1], int(ids[0, -1]))
+
     @torch.no_grad()
     def prelude(self, inputs: Mapping[str, Tensor]) -> Prelude:
         """Run the model's own forward on `inputs` (rows of equal length, nothing padded) up to its last layer.
 
-        Raises UnsupportedModelError where the sequence changes its length between layers.
+        Raises UnsupportedModelError where the sequence changes its length between layers, or where the forward does not run
+        each layer once, in their order.
         """
         hidden: list[Tensor] = []
         calls: list[LayerCall] = []
@@ -155,6 +199,7 @@ class Skeleton:
         def recorder(index: int, own: Callable[..., Any]) -> Callable[..., Any]:
             def record(*args: Any, **kwargs: Any) -> Any:
                 h, args, kwargs = _split(args, kwargs)
+                self._check_turn(index, len(calls))
                 if hidden and h.shape != hidden[-1].shape:
                     raise UnsupportedModelError(f"The sequence changes its length before layer {index}.")
                 changed = bool(hidden) and h is not hidden[-1] and not torch.equal(h, hidden[-1])
@@ -169,16 +214,20 @@ class Skeleton:
 
         with replaced_forwards(self.layers, recorder), suppress(_Recorded):
             self.model(**inputs, use_cache=False)  # no logits_to_keep: Gemma 4 would slice the sequence mid-stack
+        self._check_turn(len(self.layers), len(calls))
         self.d_model = hidden[0].shape[-1]
         return Prelude(hidden[0], tuple(calls))
 
     @torch.no_grad()
     def tail(self, hidden: Float[Tensor, "row d_model"], token: int) -> Float[Tensor, "row vocab"]:
         """Logits of final hidden states. `token` is any ordinary text token; it is embedded and then discarded."""
-        rows, last = hidden.shape[0], len(self.layers) - 1
+        rows, last, turn = hidden.shape[0], len(self.layers) - 1, 0
 
         def stand_in(index: int, own: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
+                nonlocal turn
+                self._check_turn(index, turn)
+                turn += 1
                 return self._as_output(index, hidden.unsqueeze(1) if index == last else _split(args, kwargs)[0])
 
             return forward

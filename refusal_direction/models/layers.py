@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from refusal_direction.errors import UnsupportedModelError
 
-__all__ = ["find_layers"]
+__all__ = ["find_layers", "other_blocks"]
+
+
+def _is_block(module: nn.Module, model: PreTrainedModel) -> bool:
+    names = getattr(model, "_no_split_modules", None) or ()
+    return isinstance(module, GradientCheckpointingLayer) or type(module).__name__ in names
+
+
+def other_blocks(model: PreTrainedModel, layers: nn.ModuleList) -> Iterator[nn.Module]:
+    """The model's transformer blocks that are none of its decoder layers, nor inside one: a vision tower's, say."""
+    inside = {id(module) for module in layers.modules()}
+    return (module for module in model.modules() if id(module) not in inside and _is_block(module, model))
 
 
 def find_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -19,15 +32,11 @@ def find_layers(model: PreTrainedModel) -> nn.ModuleList:
 
     Raises UnsupportedModelError where there is none.
     """
-    blocks = set(getattr(model, "_no_split_modules", None) or ())
     for root in (model.get_decoder(), model):
         stacks = [
             (name.count("."), -len(module), module)
             for name, module in root.named_modules()
-            if isinstance(module, nn.ModuleList)
-            and any(
-                isinstance(member, GradientCheckpointingLayer) or type(member).__name__ in blocks for member in module
-            )
+            if isinstance(module, nn.ModuleList) and any(_is_block(member, model) for member in module)
         ]
         if stacks:
             return min(stacks, key=lambda stack: stack[:2])[2]

@@ -3,12 +3,15 @@
 A layer computes `out = c0 * in + sum_i c_i * w_i`, where the writes w_i are outputs of some of its submodules. Which, no
 name tells: `post_attention_layernorm` is a write in Gemma 2 and a read in Llama. So the layer is run once on random hidden
 states and the smallest set of submodule outputs that explains its output exactly is looked for.
+
+Where a norm stands on the stream itself (MiniMax, BERT), its output takes the stream's place and is a write like the others;
+what came before it is then explained in the same way.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +25,7 @@ __all__ = ["WriteSite", "find_writes", "in_float32", "kind_of"]
 
 _MOST_WRITES = 5
 _PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_TRAINING = "It is in training mode, in which dropout may stand between: call model.eval() first. "
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,9 @@ class WriteSite:
 
 
 def kind_of(layer: nn.Module) -> tuple[Any, ...]:
-    """Layers of one kind have the same class and submodules, and so the same writes."""
-    return (type(layer), *((name, type(module)) for name, module in layer.named_modules() if name))
+    """Layers of one kind have the same class, submodules and weights' names, and so the same writes."""
+    modules = ((name, type(module)) for name, module in layer.named_modules() if name)
+    return (type(layer), *modules, *(name for name, _ in layer.named_parameters()))
 
 
 def _is_plain(weight: Tensor) -> bool:
@@ -65,6 +70,15 @@ def in_float32(layer: nn.Module) -> Iterator[bool]:
             tensor.data = data
 
 
+@dataclass(frozen=True)
+class _Output:
+    """What a submodule made of what it was given, where both are as large as the stream."""
+
+    site: WriteSite
+    made: Tensor
+    given: Tensor | None
+
+
 def find_writes(layer: nn.Module, run: Callable[[Tensor], Tensor], like: Tensor) -> tuple[WriteSite, ...]:
     """The layer's writes, in the order in which they happen.
 
@@ -80,30 +94,36 @@ def find_writes(layer: nn.Module, run: Callable[[Tensor], Tensor], like: Tensor)
     # A write that is small beside the stream would drown in rounding: bring the stream to the size of the writes.
     update = run(hidden.clone()) - hidden
     hidden = hidden * (update.float().std() / hidden.float().std()).clamp(1e-3, 1e3).to(like)
-    sites, outputs, after = _record(layer, run, hidden)
-    chosen = _explain(hidden, outputs, after, torch.finfo(like.dtype).eps)
+    outputs, after = _record(layer, run, hidden)
+    chosen = _retrace(after, hidden, outputs, torch.finfo(like.dtype).eps)
     if chosen is None:
         raise UnsupportedModelError(
-            f"The residual writes of {type(layer).__name__} were not found: its output is not its input plus a weighted sum "
-            f"of up to {_MOST_WRITES} of its submodules' outputs ({', '.join(site.module for site in sites) or 'none fits'}). "
-            "Ablation would leave part of the direction in the stream, so no direction is computed for this model."
+            f"The residual writes of {type(layer).__name__} were not found: its output is not its input plus a weighted sum of "
+            f"up to {_MOST_WRITES} of its submodules' outputs ({', '.join(o.site.module for o in outputs) or 'none fits'}). "
+            + (_TRAINING if layer.training else "")
+            + "Ablation would leave part of the direction in the stream, so no direction is computed for this model."
         )
-    return tuple(sites[index] for index in chosen)
+    return tuple(outputs[index].site for index in chosen)
 
 
-def _record(
-    layer: nn.Module, run: Callable[[Tensor], Tensor], hidden: Tensor
-) -> tuple[list[WriteSite], list[Tensor], Tensor]:
+def _record(layer: nn.Module, run: Callable[[Tensor], Tensor], hidden: Tensor) -> tuple[list[_Output], Tensor]:
     """Run the layer; return each distinct submodule output of the stream's shape, and the layer's output."""
-    seen: dict[WriteSite, list[Tensor]] = {}
+    seen: dict[WriteSite, list[_Output]] = {}
+
+    def like_the_stream(part: Any) -> bool:
+        same_size = isinstance(part, Tensor) and part.numel() == hidden.numel()
+        return same_size and part.is_floating_point() and part.shape[-1] == hidden.shape[-1]
+
+    def copied(part: Tensor) -> Tensor:
+        return part.detach().clone().view(hidden.shape)
 
     def keep(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            parts = enumerate(output) if isinstance(output, tuple) else [(None, output)]
-            for element, part in parts:
-                same_size = isinstance(part, Tensor) and part.numel() == hidden.numel()
-                if same_size and part.is_floating_point() and part.shape[-1] == hidden.shape[-1]:
-                    seen.setdefault(WriteSite(name, element), []).append(part.detach().clone().view(hidden.shape))
+            given = copied(args[0]) if args and like_the_stream(args[0]) else None
+            for element, part in enumerate(output) if isinstance(output, tuple) else [(None, output)]:
+                if like_the_stream(part):
+                    site = WriteSite(name, element)
+                    seen.setdefault(site, []).append(_Output(site, copied(part), given))
 
         return hook
 
@@ -114,21 +134,52 @@ def _record(
     finally:
         for handle in handles:
             handle.remove()
-    sites: list[WriteSite] = []
-    outputs: list[Tensor] = []
-    for site, calls in seen.items():
-        handed_on = any(
-            torch.equal(calls[0], output) for output in outputs
-        )  # by an enclosing module: keep the inner one
+    distinct: list[_Output] = []
+    for calls in seen.values():
+        # one handed on by an enclosing module is kept as the inner one's
+        handed_on = any(torch.equal(calls[0].made, output.made) for output in distinct)
         if len(calls) == 1 and not handed_on:
-            sites.append(site)
-            outputs.append(calls[0])
-    return sites, outputs, after
+            distinct.append(calls[0])
+    return distinct, after
 
 
-def _explain(before: Tensor, outputs: list[Tensor], after: Tensor, eps: float) -> tuple[int, ...] | None:
+def _retrace(stream: Tensor, before: Tensor, outputs: list[_Output], eps: float) -> tuple[int, ...] | None:
+    """The writes that lead from `before` to `stream`, through norms on the stream if there are any."""
+    if torch.equal(stream, before):
+        return ()
+    everything = range(len(outputs))
+    chosen = _explain(before, outputs, everything, stream, eps)
+    if chosen is not None:
+        return chosen
+    for index, norm in enumerate(outputs):
+        if norm.given is None or not _is_norm(norm.given, norm.made):
+            continue
+        others = [other for other in everything if other != index]
+        since = () if torch.equal(stream, norm.made) else _explain(norm.made, outputs, others, stream, eps)
+        until = None if since is None else _retrace(norm.given, before, outputs[:index], eps)
+        if since is not None and until is not None:
+            return (*until, index, *since)
+    return None
+
+
+def _is_norm(given: Tensor, made: Tensor) -> bool:
+    """Whether each token was normalised, with or without its mean, then scaled and shifted channel by channel."""
+    x, y = (tensor.flatten(0, -2).cpu().double() for tensor in (given, made))
+    y = y - y.mean(0)
+    for centred in (x, x - x.mean(-1, keepdim=True)):
+        z = centred / centred.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-300)
+        z = z - z.mean(0)
+        scale = (z * y).sum(0) / z.square().sum(0).clamp_min(1e-300)
+        if (y - scale * z).norm() < 1e-3 * y.norm():
+            return True
+    return False
+
+
+def _explain(
+    before: Tensor, outputs: list[_Output], among: Sequence[int], after: Tensor, eps: float
+) -> tuple[int, ...] | None:
     """The smallest set of outputs that, with `before`, gives `after` up to rounding and that no further output betters."""
-    tokens = torch.stack([after, before, *outputs]).flatten(1, -2).double().cpu()
+    tokens = torch.stack([after, before, *(output.made for output in outputs)]).flatten(1, -2).cpu().double()
     tokens = tokens / tokens[0].norm(dim=-1, keepdim=True).clamp_min(1e-300)  # each token weighs the same
     flat = tokens.flatten(1)
     gram = flat @ flat.T
@@ -142,12 +193,11 @@ def _explain(before: Tensor, outputs: list[Tensor], after: Tensor, eps: float) -
         return float((weights.T @ columns - flat[0]).norm() / flat[0].norm())
 
     tolerance = max(1e-5, 2 * eps)
-    everything = range(len(outputs))
     for size in range(1, _MOST_WRITES + 1):
-        for chosen in itertools.combinations(everything, size):
+        for chosen in itertools.combinations(among, size):
             error = misfit(chosen)
             if error < tolerance:
-                wider = (misfit(tuple(sorted({*chosen, more}))) for more in everything if more not in chosen)
+                wider = (misfit(tuple(sorted({*chosen, more}))) for more in among if more not in chosen)
                 if all(error < 1e-7 or other > error / 3 for other in wider):
                     return chosen
     return None

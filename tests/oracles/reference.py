@@ -28,6 +28,8 @@ class Model:
     writes: tuple[str, ...]
     """The submodules of every layer whose outputs are added to the residual stream."""
     needs_position_ids: bool = False
+    adds_between_layers: bool = False
+    """Whether the model itself adds to the stream between layers."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,8 @@ def ablated(model: Model, direction: Tensor) -> Iterator[None]:
         return x - along * u.to(x.dtype)
 
     with ExitStack() as hooks:
-        hooks.enter_context(changed_input(model.layers[0], without_direction))
+        for layer in model.layers if model.adds_between_layers else model.layers[:1]:
+            hooks.enter_context(changed_input(layer, without_direction))
         for layer in model.layers:
             for name in model.writes:
                 hooks.enter_context(changed_output(layer.get_submodule(name), without_direction))

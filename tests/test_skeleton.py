@@ -1,0 +1,82 @@
+"""A model whose residual stream does not run once through its layers is refused, and the error says what it does instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from refusal_direction.engine.interventions import ResidualStream, ablated
+from refusal_direction.errors import UnsupportedModelError
+from refusal_direction.models.layers import other_blocks
+from tests.families import D_MODEL, FAMILIES, TEXT_FAMILIES, build
+
+Forward = Callable[..., Any]
+
+
+@pytest.fixture
+def llama() -> PreTrainedModel:
+    return build(FAMILIES["llama"])
+
+
+def around_norm(model: PreTrainedModel, extra: Forward) -> None:
+    """Let the model do something with the stream after its layers."""
+    own = model.model.norm.forward
+    model.model.norm.forward = lambda hidden: own(extra(hidden))
+
+
+def refusal(model: PreTrainedModel) -> str:
+    with pytest.raises(UnsupportedModelError) as caught:
+        ResidualStream(model)
+    assert not any("forward" in layer.__dict__ for layer in model.model.layers)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    return str(caught.value)
+
+
+def test_layers_that_run_again_are_refused(llama: PreTrainedModel) -> None:
+    first = llama.model.layers[0]
+    around_norm(llama, lambda hidden: first(hidden, position_embeddings=(torch.ones(1), torch.ones(1))))
+    assert "runs layer 0 again" in refusal(llama)
+
+
+def test_layers_that_do_not_run_are_refused(llama: PreTrainedModel) -> None:
+    llama.config.num_hidden_layers = 3
+    assert "does not run layer 3 on text alone" in refusal(llama)
+
+
+def test_blocks_beside_the_layers_are_refused(llama: PreTrainedModel) -> None:
+    more = build(FAMILIES["llama"]).model.layers[0]
+    llama.model.more = nn.ModuleList([more])
+    assert [type(block).__name__ for block in other_blocks(llama, llama.model.layers)] == ["LlamaDecoderLayer"]
+    around_norm(llama, lambda hidden: hidden + 0 * more.mlp(hidden))
+    ResidualStream(llama)  # a part of a block is none
+    around_norm(llama, lambda hidden: more(hidden, position_embeddings=(torch.ones(1), torch.ones(1))))
+    assert "also runs through LlamaDecoderLayer" in refusal(llama)
+
+
+def test_several_streams_are_refused_with_their_shape(llama: PreTrainedModel) -> None:
+    own = llama.model.embed_tokens.forward
+
+    def doubled(ids: Tensor) -> Tensor:
+        return torch.cat([own(ids), own(ids)], dim=1)
+
+    llama.model.embed_tokens.forward = doubled
+    assert "in the shape (1, 24, 32)" in refusal(llama)
+
+
+def test_training_mode_is_refused_where_dropout_is_at_work() -> None:
+    model = build(TEXT_FAMILIES["opt"]).train()
+    with ablated(model, torch.ones(D_MODEL)):  # its dropout is 0
+        pass
+    for layer in model.model.decoder.layers:
+        layer.dropout = 0.1
+    model.eval()
+    with ablated(model, torch.ones(D_MODEL)):
+        pass
+    model.train()
+    with pytest.raises(UnsupportedModelError, match="training mode"), ablated(model, torch.ones(D_MODEL)):
+        pass
