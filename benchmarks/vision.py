@@ -149,8 +149,9 @@ def _means(ablation: Tensor, steering: Tensor, kl: Tensor, n_layers: int) -> lis
 class Naive:
     """The published loop: tower and logits of all positions for every candidate; KL first, 15 survivors."""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: Setting, tokens: RefusalTokens = REFUSAL, thresholds: Thresholds = WHOLE) -> None:
         self.setting, self.model = setting, setting.model
+        self.tokens, self.thresholds = tokens.ids, thresholds
         self.layers = setting.model.model.language_model.layers
 
     @torch.no_grad()
@@ -181,7 +182,7 @@ class Naive:
                 handle.remove()
 
     def mean_activations(self, some: Prompts) -> Tensor:
-        total = torch.zeros(POSITIONS, len(self.layers), 448, dtype=torch.float64)
+        total = torch.zeros(POSITIONS, len(self.layers), self.model.config.text_config.hidden_size, dtype=torch.float64)
 
         def adding(index: int) -> Callable[..., None]:
             def add(module: Any, args: Any) -> None:
@@ -214,14 +215,17 @@ class Naive:
         for index in range(len(r)):
             with ablated(index):
                 kl[index] = kl_divergence(before, self.last_logits(harmless))
-        finalists = survivors(_means(ablation, steering, kl, n_layers), n_layers, WHOLE, VISION.top_k or 15)
+        finalists = survivors(_means(ablation, steering, kl, n_layers), n_layers, self.thresholds, VISION.top_k or 15)
         for index in finalists:
             with ablated(index):
-                ablation[index] = refusal_score(self.last_logits(harmful), REFUSAL.ids)
+                ablation[index] = refusal_score(self.last_logits(harmful), self.tokens)
             with self.hooked(lambda x, i=index: x + r[i].float(), [self.layers[index % n_layers]], outputs=False):
-                steering[index] = refusal_score(self.last_logits(harmless), REFUSAL.ids)
+                steering[index] = refusal_score(self.last_logits(harmless), self.tokens)
         chosen = select_survivor(
-            _means(ablation, steering, kl, n_layers), finalists, WHOLE, float(refusal_score(before, REFUSAL.ids).mean())
+            _means(ablation, steering, kl, n_layers),
+            finalists,
+            self.thresholds,
+            float(refusal_score(before, self.tokens).mean()),
         )
         return {
             "ablation": ablation,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,11 @@ def test_it_says_what_the_run_then_does(found: Inspection, extraction: Extractio
     assert found.engine == extraction.engine
     assert found.rows == {"baseline": 72, "interventions": 3 * 12 * found.n_candidates}
     assert sum(count for _, count in found.writes) == found.n_layers
+
+
+def test_a_pruned_search_costs_at_most_what_an_exhaustive_one_does(found: Inspection) -> None:
+    pruned = inspect(replace(CONFIG, search="pruned"))
+    assert pruned.rows == {"baseline": 72, "interventions, at most": found.rows["interventions"]}
 
 
 def test_the_estimate_is_positive_and_finite(found: Inspection) -> None:

@@ -198,7 +198,7 @@ def test_hints_that_are_no_numbers_do_not_stop_the_search(guess: float) -> None:
 
 
 def test_a_planner_without_an_idea_does_not_stop_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan._Planner, "cells", lambda self: iter(()))
+    monkeypatch.setattr(plan._Planner, "cells", lambda self: [])
     for seed in range(40):
         rng = random.Random(seed)
         problem = random_problem(rng, vision=bool(seed % 2))
@@ -356,7 +356,7 @@ def test_published_tables_take_a_fraction_of_the_work(
         assert found.best == problem.exhaustively()
         assert found.best is not None
         share = len(measuring.cells) / ((len(problem) - len(problem.null)) * 96)
-        assert share < (0.25 if not vision else 0.5)
+        assert share < (0.35 if vision else 0.2)
         assert len(measuring.asked) <= 12
 
 

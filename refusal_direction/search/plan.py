@@ -8,7 +8,7 @@ measured in full, the most promising first.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING
@@ -140,35 +140,43 @@ class _Planner:
         self.ablation, self.kl, self.steering = (forecast.means for forecast in self.forecasts.values())
         n_prompts = max(map(len, table.floors.values()))
         self.least = ceil(n_prompts / max(1, len(judgement.open)))  # a round of a few cells is not worth a pass
+        self.leader = self._leader()
         self.limits = {
-            Measure.ABLATION: self._ablation_of_the_best(),
+            Measure.ABLATION: self.ablation[self.leader],
             Measure.KL: conditions.kl,
             Measure.STEERING: -conditions.steering,
         }
 
-    def _ablation_of_the_best(self) -> float:
-        """Of the best candidate so far; where none is proven, of the likely one."""
+    def _leader(self) -> int:
+        """The best candidate so far; where none is proven, the likely one."""
         if self.judgement.best is not None:
-            return self.ablation[self.judgement.best]
+            return self.judgement.best
         likely = [
             candidate
             for candidate in self.judgement.open
             if self.kl[candidate] <= self.conditions.kl and self.steering[candidate] <= -self.conditions.steering
         ]
-        return min((self.ablation[candidate] for candidate in likely or self.judgement.open), default=0.0)
+        return min(likely or self.judgement.open, key=self.ablation.__getitem__)
 
-    def cells(self) -> Iterator[Cell]:
-        """May repeat itself."""
-        contenders = []
-        for candidate in self.judgement.open:
-            ways = (f.towards(candidate, self.limits[measure], self.least) for measure, f in self.forecasts.items())
-            promising = [way for way in ways if way is not None]
-            if promising:
-                yield from min(promising, key=self._price)
-            else:
-                contenders.append(candidate)
-        yield from self._in_full(sorted(contenders, key=self.ablation.__getitem__))
-        yield from self._proof_of_rank()
+    def cells(self) -> list[Cell]:
+        """One candidate after the other, each in the cheapest way; or their rank in KL first, where that is cheaper."""
+        ways = {candidate: self._way(candidate) for candidate in self.judgement.open}
+        contenders = sorted((c for c, way in ways.items() if way is None), key=self.ablation.__getitem__)
+        cells = [cell for way in ways.values() if way for cell in way]
+        cells += [cell for place, c in enumerate(contenders) for cell in self._in_full(c, first=place == 0)]
+        whole = self.table.whole()
+        waiting = [candidate for candidate in ways if whole[candidate]]
+        proof = self._proof_of_rank(min(waiting, key=self.ablation.__getitem__) if waiting else self.leader)
+        core, ranking = self._ranking()
+        after = sum(len(ways.get(c) or self.forecasts[Measure.ABLATION].rest(c)) for c in core if c in ways)
+        if ranking and len(ranking) + after < len(cells) + len(proof):
+            return ranking
+        return cells + proof if waiting else cells
+
+    def _way(self, candidate: int) -> list[Cell] | None:
+        """The cheapest way to drop a candidate, if one promises to."""
+        ways = (f.towards(candidate, self.limits[measure], self.least) for measure, f in self.forecasts.items())
+        return min((way for way in ways if way is not None), key=self._price, default=None)
 
     def _price(self, cells: Sequence[Cell]) -> float:
         """Of one candidate's cells: halfway between the prompts evaluated and the layers that they go through."""
@@ -177,31 +185,39 @@ class _Planner:
             spared = 0.5 * int(self.conditions.layers[cells[0].candidate])
         return len(cells) * (self.depth - spared)
 
-    def _in_full(self, contenders: Sequence[int]) -> Iterator[Cell]:
-        """All of the first contender. The others may turn out to be beaten by it: their ablation scores will do."""
-        for place, candidate in enumerate(contenders):
-            for measure in Measure if place == 0 else (Measure.ABLATION,):
-                yield from self.forecasts[measure].rest(candidate)
+    def _in_full(self, contender: int, *, first: bool) -> list[Cell]:
+        """The ablation score, by which it may turn out to be beaten; then, of the first contender, the rest."""
+        ablation = self.forecasts[Measure.ABLATION].rest(contender)
+        if ablation or not first:
+            return ablation
+        return self.forecasts[Measure.KL].rest(contender) + self.forecasts[Measure.STEERING].rest(contender)
 
-    def _proof_of_rank(self) -> Iterator[Cell]:
-        """What proves whether the best candidate measured in full is among the `top_k` of lowest KL.
+    def _proof_of_rank(self, candidate: int) -> list[Cell]:
+        """What proves whether a candidate is among the `top_k` of lowest KL.
 
         Of those that may come before it, as many as are too many must be shown not to; where that looks hopeless, the KL
         of all of them decides.
         """
-        whole = self.table.whole()
-        waiting = [candidate for candidate in self.judgement.open if whole[candidate]]
-        if not waiting:
-            return
-        first = min(waiting, key=self.ablation.__getitem__)
-        unknown, least = ~self.table.complete(Measure.KL), self.table.least(Measure.KL)
-        may_be_ahead = self.judgement.fitting & unknown & (least <= self.kl[first])
-        rivals = torch.nonzero(may_be_ahead).flatten().tolist()
-        too_many = max(0, int(self.judgement.ahead[first]) - self.conditions.top_k + 1)
-        forecast = self.forecasts[Measure.KL]
-        ways = (forecast.towards(rival, self.kl[first], self.least) for rival in rivals)
+        forecast, limit = self.forecasts[Measure.KL], self.kl[candidate]
+        ahead = self.judgement.fitting & (self.table.least(Measure.KL) <= limit)
+        rivals = [rival for rival in torch.nonzero(ahead).flatten().tolist() if rival != candidate]
+        too_many = max(0, len(rivals) - self.conditions.top_k + 1)
+        ways = (forecast.towards(rival, limit, self.least) for rival in rivals)
         promising = sorted((way for way in ways if way), key=len)[:too_many]
         if len(promising) < too_many:
             promising = [forecast.rest(rival) for rival in rivals]
-        for way in promising:
-            yield from way
+        return [cell for way in promising for cell in way]
+
+    def _ranking(self) -> tuple[list[int], list[Cell]]:
+        """Who is likely to be among the `top_k` of lowest KL, and what proves it. Nothing, where none are too many."""
+        forecast, top_k = self.forecasts[Measure.KL], self.conditions.top_k
+        fitting = sorted(torch.nonzero(self.judgement.fitting).flatten().tolist(), key=self.kl.__getitem__)
+        core, others = fitting[:top_k], fitting[top_k:]
+        if not others:
+            return core, []
+        limit = self.kl[core[-1]]
+        ways = [forecast.rest(candidate) for candidate in core]
+        for candidate in others:
+            way = forecast.towards(candidate, limit, self.least)
+            ways.append(forecast.rest(candidate) if way is None else way)
+        return core, [cell for way in ways for cell in way]
