@@ -173,6 +173,8 @@ def _metadata(extraction: Extraction) -> dict[str, Any]:
         "d_model": d_model,
         "candidate_norm": float(extraction.direction.vector.norm()),
         "discarded": extraction.selection.discarded,
+        "rounding": asdict(extraction.choice.noise),
+        "ties": [{"position": score.position, "layer": score.layer} for score in extraction.choice.tied],
         "warnings": extraction.warnings,
         "schema_version": SCHEMA_VERSION,
     }
@@ -203,6 +205,7 @@ def _search(choice: Choice) -> dict[str, Any]:
         "name": choice.search,
         "prompt_evaluations": choice.evaluations,
         "prompt_evaluations_of_exhaustive": choice.exhaustive,
+        "rows_repeated_for_rounding": choice.repeated,
         "sweeps": choice.sweeps,
     }
 

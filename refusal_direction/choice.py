@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import inf
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from refusal_direction.config import Config
-from refusal_direction.directions import promise
-from refusal_direction.engine import Candidates, Engine, Kind, Row
 from refusal_direction.errors import ConfigurationError, NoCandidateError
-from refusal_direction.metrics import LEAST_REFUSAL, entropy, kl_floor
-from refusal_direction.scoring import (
-    ALL,
-    Baseline,
-    Measure,
-    Scores,
-    intervention_rows,
-    null_candidates,
-    rows_of,
-    score_candidates,
-)
-from refusal_direction.search import Cell, Conditions, Found, Hints, search
+from refusal_direction.metrics import LEAST_REFUSAL, kl_floor
+from refusal_direction.rounding import Noise, ties
+from refusal_direction.scoring import ALL, Measure, Scores, rows_of
+from refusal_direction.search import Cell, Conditions, Found, search
 from refusal_direction.selection import (
     CandidateScore,
+    Fate,
     Selection,
-    layer_limit,
     reasons,
     select,
     select_survivor,
@@ -39,42 +28,12 @@ from refusal_direction.selection import (
     warn_of_relaxed_kl,
     warn_of_waived_steering,
 )
-from refusal_direction.store import NOWHERE, Store
+from refusal_direction.sweeps import Progress, Setting, Sweeps
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-    from refusal_direction.models.refusal_tokens import RefusalTokens
-
-__all__ = ["Choice", "Progress", "Setting", "choose", "how"]
-
-Progress = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
-"""Given a description and a total, a context whose value is called with each bit of work done."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a choice is made from."""
-
-    engine: Engine
-    tokens: RefusalTokens
-    candidates: Float[Tensor, "position layer d_model"]
-    baseline: Baseline
-    kept: dict[str, list[int]]
-    """For each set, the prompts that the filter left."""
-    store: Store = NOWHERE
-    """Where earlier runs may have left results, and where they are left."""
-
-    @property
-    def flat(self) -> Candidates:
-        """The candidates in (position, layer) order."""
-        n_positions, n_layers, _ = self.candidates.shape
-        return Candidates(self.candidates.flatten(0, 1), tuple(range(n_layers)) * n_positions)
-
-    @property
-    def validation(self) -> dict[str, list[int]]:
-        """The validation prompts."""
-        return {"harmful": self.kept["harmful_val"], "harmless": self.kept["harmless_val"]}
+__all__ = ["Choice", "choose", "how"]
 
 
 @dataclass(frozen=True)
@@ -93,6 +52,17 @@ class Choice:
     """Passes over the weights, if all rows of one fit into memory."""
     exhaustive: int
     """Prompt evaluations of an exhaustive search: prompts run under an intervention."""
+    noise: Noise
+    """How far rounding alone moves mean scores, measured."""
+    repeated: int
+    """Rows run a second time to measure it; they are no prompt evaluations."""
+    ties: tuple[int, ...]
+    """The candidates that rounding alone may have kept from being selected instead."""
+
+    @property
+    def tied(self) -> list[CandidateScore]:
+        """The mean scores of the `ties`."""
+        return [self.means[index] for index in self.ties]
 
     @property
     def evaluations(self) -> int:
@@ -100,53 +70,17 @@ class Choice:
         return sum(int(counts.sum()) for counts in self.measured.values())
 
 
-class _Sweeps:
-    """Measures, and keeps the scores and the account."""
+@dataclass(frozen=True)
+class _Outcome:
+    """What was selected, and by which conditions in the end."""
 
-    def __init__(self, setting: Setting, progress: Progress) -> None:
-        self.setting, self.progress = setting, progress
-        self.flat = setting.flat
-        self.null = null_candidates(self.flat)
-        self.scores: Scores | None = None
-        self.counts: Counter[tuple[int, Measure]] = Counter()
-        self.done = 0
-
-    def run(self, name: str, rows: Sequence[Row]) -> Scores:
-        """One sweep; returns all scores so far."""
-        of = self.setting
-        with self.progress(name, of.engine.work(rows, self.flat)) as tick:
-            new = score_candidates(of.engine, of.tokens, self.flat, rows, of.baseline, of.kept, tick, of.store)
-        self.scores = new if self.scores is None else self.scores.with_more(new)
-        self.counts.update((row.candidate, self._measure(row)) for row in rows)
-        self.done += 1
-        return self.scores
-
-    def rows(self, measures: frozenset[Measure], among: Sequence[int] | None = None) -> list[Row]:
-        return intervention_rows(self.flat, **self.setting.validation, measures=measures, among=among)
-
-    def _measure(self, row: Row) -> Measure:
-        if row.kind is Kind.STEERING:
-            return Measure.STEERING
-        return Measure.ABLATION if row.prompt in self.setting.kept["harmful_val"] else Measure.KL
-
-    def means(self) -> tuple[CandidateScore, ...]:
-        """Of all scores so far."""
-        if self.scores is None:
-            raise AssertionError("nothing has been measured")
-        n_positions, n_layers, _ = self.setting.candidates.shape
-        columns = [self.scores.of(m).mean(dim=1).tolist() for m in (Measure.ABLATION, Measure.STEERING, Measure.KL)]
-        return tuple(
-            CandidateScore(position - n_positions, layer, *(column[position * n_layers + layer] for column in columns))
-            for position in range(n_positions)
-            for layer in range(n_layers)
-        )
-
-    def choice(self, name: str, chosen: Selection) -> Choice:
-        if self.scores is None:
-            raise AssertionError("nothing has been measured")
-        candidates = range(len(self.null))
-        measured = {m: torch.tensor([self.counts[candidate, m] for candidate in candidates]) for m in Measure}
-        return Choice(self.scores, self.means(), chosen, name, measured, self.done, len(self.rows(ALL)))
+    chosen: Selection
+    among: Sequence[int]
+    """The candidates that met those conditions which know of no rounding: on layer, length and rank."""
+    kl: float
+    steering: float
+    at_best: Sequence[CandidateScore] = ()
+    """Where not every candidate was measured in full: the best that their means may be."""
 
 
 def how(config: Config) -> str:
@@ -165,22 +99,49 @@ def choose(setting: Setting, config: Config, progress: Progress) -> Choice:
 
     Raises NoCandidateError where no candidate can be selected.
     """
-    name, sweeps = how(config), _Sweeps(setting, progress)
+    name, sweeps = how(config), Sweeps(setting, config, progress)
     if name == "pruned":
-        chosen = _pruned(sweeps, config)
+        outcome = _pruned(sweeps, config)
     elif not config.rules.relative_steering:
-        chosen = _exhaustively(sweeps, config)
+        outcome = _exhaustively(sweeps, config)
     else:
-        chosen = _by_kl_first(sweeps, config, None if name == "exhaustive" else config.rules.top_k)
-    return sweeps.choice(name, chosen)
+        outcome = _by_kl_first(sweeps, config, None if name == "exhaustive" else config.rules.top_k)
+    return _choice(sweeps, name, outcome)
 
 
-def _exhaustively(sweeps: _Sweeps, config: Config) -> Selection:
+def _choice(sweeps: Sweeps, name: str, outcome: _Outcome) -> Choice:
+    if sweeps.scores is None:
+        raise AssertionError("nothing has been measured")
+    means, noise = sweeps.means(), sweeps.repeats.noise
+    return Choice(
+        scores=sweeps.scores,
+        means=means,
+        selection=outcome.chosen,
+        search=name,
+        measured={m: torch.tensor([sweeps.counts[index, m] for index in range(len(means))]) for m in Measure},
+        sweeps=sweeps.done,
+        exhaustive=len(sweeps.rows(ALL)),
+        noise=Noise(noise[Measure.ABLATION], noise[Measure.STEERING], noise[Measure.KL]),
+        repeated=sweeps.repeated,
+        ties=ties(
+            means,
+            outcome.chosen.index,
+            outcome.among,
+            kl=outcome.kl,
+            steering=outcome.steering,
+            noise=noise,
+            at_best=outcome.at_best,
+        ),
+    )
+
+
+def _exhaustively(sweeps: Sweeps, config: Config) -> _Outcome:
     sweeps.run("Sweep 2: interventions", sweeps.rows(ALL))
-    return select(sweeps.means(), sweeps.setting.candidates.shape[1], config.thresholds, _null(sweeps))
+    chosen = select(sweeps.means(), sweeps.setting.candidates.shape[1], config.thresholds, _null(sweeps))
+    return _Outcome(chosen, _shallow(sweeps), config.thresholds.kl, config.thresholds.induce)
 
 
-def _by_kl_first(sweeps: _Sweeps, config: Config, top_k: int | None) -> Selection:
+def _by_kl_first(sweeps: Sweeps, config: Config, top_k: int | None) -> _Outcome:
     """The published rule for images with text; without `top_k` every candidate is scored, and considered."""
     n_layers = sweeps.setting.candidates.shape[1]
     everyone = range(len(sweeps.null))
@@ -188,10 +149,15 @@ def _by_kl_first(sweeps: _Sweeps, config: Config, top_k: int | None) -> Selectio
     finalists = survivors(sweeps.means(), n_layers, config.thresholds, top_k or len(everyone), _null(sweeps))
     rest = sweeps.rows(ALL - {Measure.KL}, everyone if top_k is None else finalists)
     sweeps.run("Sweep 3: ablation and steering", rest)
-    return select_survivor(sweeps.means(), finalists, config.thresholds, _harmless_baseline(sweeps.setting))
+    means, baseline = sweeps.means(), _harmless_baseline(sweeps.setting)
+    chosen = select_survivor(means, finalists, config.thresholds, baseline)
+    strict = all(means[i].kl_div <= config.thresholds.kl and means[i].layer < sweeps.limit for i in finalists)
+    steering = baseline + config.thresholds.induce
+    steering = steering if any(means[i].steering_refusal >= steering for i in finalists) else -inf
+    return _Outcome(chosen, finalists, config.thresholds.kl if strict else inf, steering)
 
 
-def _pruned(sweeps: _Sweeps, config: Config) -> Selection:
+def _pruned(sweeps: Sweeps, config: Config) -> _Outcome:
     """The same candidate, by bounds (search/)."""
     setting, thresholds = sweeps.setting, config.thresholds
 
@@ -202,36 +168,56 @@ def _pruned(sweeps: _Sweeps, config: Config) -> Selection:
 
     conditions = _conditions(sweeps, config)
     relative = config.rules.relative_steering
-    found = search(conditions, _floors(setting), _hints(setting), ask, fallbacks=relative)
-    limit = layer_limit(setting.candidates.shape[1], thresholds)
+    found = search(
+        conditions, _floors(setting), sweeps.hints, ask, fallbacks=relative, noise=lambda: sweeps.repeats.noise
+    )
     if relative and found.conditions.kl != conditions.kl:
-        warn_of_relaxed_kl(thresholds, limit)
+        warn_of_relaxed_kl(thresholds, sweeps.limit)
     if relative and found.conditions.steering != conditions.steering:
         warn_of_waived_steering(conditions.steering)
-    if found.best is None:
-        return _unselected(sweeps, config, found)
-    said = reasons(config.rules, limit, thresholds)
-    return selection(found.best, sweeps.means()[found.best], found.fates, said)
+    return _unselected(sweeps, config, found) if found.best is None else _selected(sweeps, config, found, found.best)
 
 
-def _unselected(sweeps: _Sweeps, config: Config, found: Found) -> Selection:
+def _selected(sweeps: Sweeps, config: Config, found: Found, best: int) -> _Outcome:
+    said, means = reasons(config.rules, sweeps.limit, config.thresholds), sweeps.means()
+    out = {Fate.NULL, Fate.BROKEN, Fate.LAYER, Fate.RANK}
+    bounds = {measure: (measure.sign * found.table.bound(measure)).tolist() for measure in Measure}
+    return _Outcome(
+        selection(best, means[best], found.fates, said),
+        [index for index, fate in enumerate(found.fates) if fate not in out],
+        found.conditions.kl,
+        found.conditions.steering,
+        [
+            replace(
+                score,
+                ablation_refusal=bounds[Measure.ABLATION][index],
+                steering_refusal=bounds[Measure.STEERING][index],
+                kl_div=bounds[Measure.KL][index],
+            )
+            for index, score in enumerate(means)
+        ],
+    )
+
+
+def _unselected(sweeps: Sweeps, config: Config, found: Found) -> _Outcome:
     """Raise the error that an exhaustive search raises; it shows the nearest misses, so they must be known."""
     if config.rules.relative_steering:
         raise NoCandidateError("Every score of every candidate is NaN. Try --dtype float32.")
     alive = torch.nonzero(~sweeps.null).flatten().tolist()
     missing = [cell for candidate in alive for m in Measure for cell in found.table.missing(candidate, m)]
     sweeps.run("Nothing passes; the rest, for the nearest misses", rows_of(missing, **sweeps.setting.validation))
-    return select(sweeps.means(), sweeps.setting.candidates.shape[1], config.thresholds, _null(sweeps))
+    chosen = select(sweeps.means(), sweeps.setting.candidates.shape[1], config.thresholds, _null(sweeps))
+    return _Outcome(chosen, _shallow(sweeps), config.thresholds.kl, config.thresholds.induce)
 
 
-def _conditions(sweeps: _Sweeps, config: Config) -> Conditions:
+def _conditions(sweeps: Sweeps, config: Config) -> Conditions:
     thresholds, rules = config.thresholds, config.rules
     layers = torch.tensor(sweeps.flat.layers)
     start = _harmless_baseline(sweeps.setting) if rules.relative_steering else 0.0
     return Conditions(
         layers=layers,
         null=sweeps.null.cpu(),
-        limit=layer_limit(sweeps.setting.candidates.shape[1], thresholds),
+        limit=sweeps.limit,
         kl=thresholds.kl,
         steering=start + thresholds.induce,
         top_k=rules.top_k or len(layers),
@@ -248,23 +234,12 @@ def _floors(setting: Setting) -> dict[Measure, Float[Tensor, "prompt"]]:
     }
 
 
-def _hints(setting: Setting) -> Hints:
-    """Candidates by their promise. Prompts: what was most refused or answered stays so, what was least sure moves most."""
-    harmful, harmless = setting.validation["harmful"], setting.validation["harmless"]
-    refusal, logits = setting.baseline.refusal.cpu(), setting.baseline.logits
-    seen = setting.baseline.activations[setting.kept["harmless_train"]]
-    return Hints(
-        candidates=promise(setting.candidates, seen).flatten().argsort(descending=True).tolist(),
-        shape={
-            Measure.ABLATION: refusal[harmful],
-            Measure.KL: torch.cat([entropy(logits[prompt][None]).cpu().double() for prompt in harmless]),
-            Measure.STEERING: -refusal[harmless],
-        },
-        depth=setting.candidates.shape[1],
-    )
+def _shallow(sweeps: Sweeps) -> list[int]:
+    """The candidates that have a length and are not of the last layers."""
+    return [i for i, layer in enumerate(sweeps.flat.layers) if layer < sweeps.limit and not sweeps.null[i]]
 
 
-def _null(sweeps: _Sweeps) -> frozenset[int]:
+def _null(sweeps: Sweeps) -> frozenset[int]:
     return frozenset(torch.nonzero(sweeps.null).flatten().tolist())
 
 

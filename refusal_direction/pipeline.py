@@ -15,7 +15,7 @@ from torch import Tensor
 
 from refusal_direction import prompts as prompt_sources
 from refusal_direction.checkpoints import Checkpoints, fingerprint
-from refusal_direction.choice import Choice, Progress, Setting, choose, how
+from refusal_direction.choice import Choice, choose, how
 from refusal_direction.config import VISION_CONFIG, Config
 from refusal_direction.directions import mean_difference
 from refusal_direction.engine import Engine
@@ -32,6 +32,7 @@ from refusal_direction.prompts.sets import PromptSets
 from refusal_direction.scoring import Baseline, Scores, kept_bytes, measure_baseline
 from refusal_direction.selection import CandidateScore, Selection, keep_fitting
 from refusal_direction.store import NOWHERE, Store
+from refusal_direction.sweeps import Progress, Setting
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -57,7 +57,7 @@ def results(extraction: Extraction) -> str:
     title = (
         f"Refusal direction of {extraction.chat.model_id}: position {chosen.score.position}, layer {chosen.score.layer}"
     )
-    lines += ["", _refusal_tokens(extraction), *_effort(extraction.choice)]
+    lines += ["", _refusal_tokens(extraction), *_effort(extraction.choice), *_ties(extraction.choice)]
     return "\n".join([f"{title} (of {n_layers} layers)", "", *lines])
 
 
@@ -77,6 +77,18 @@ def _effort(choice: Choice) -> list[str]:
     share = f"{choice.evaluations / choice.exhaustive:.0%} of the {choice.exhaustive} that score every candidate"
     done = f"{choice.evaluations} prompt evaluations in {choice.sweeps} sweeps prove the choice ({share})."
     return [f"Pruned search: {done}"]
+
+
+def _ties(choice: Choice) -> list[str]:
+    """The candidates that rounding cannot tell from the selected one, if there are any."""
+    if not choice.ties:
+        return []
+    named = "; ".join(f"position {score.position}, layer {score.layer}" for score in choice.tied)
+    noise = choice.noise
+    return [
+        f"Tied with it, within rounding (ablation {noise.ablation_refusal:.1g}, steering {noise.steering_refusal:.1g}, "
+        f"KL {noise.kl_div:.1g}):\n{named}. Another precision (--dtype) may select another of them."
+    ]
 
 
 def files(config: Config) -> str:

@@ -73,6 +73,10 @@ class Scores:
         """The scores by one measure."""
         return {Measure.ABLATION: self.ablation, Measure.KL: self.kl, Measure.STEERING: self.steering}[measure]
 
+    def first(self, count: int) -> Scores:
+        """Of so many candidates alone."""
+        return Scores(self.ablation[:count], self.steering[:count], self.kl[:count])
+
     def with_more(self, more: Scores) -> Scores:
         """These scores, and where they are NaN (not measured) those of `more`."""
         pairs = ((self.ablation, more.ablation), (self.steering, more.steering), (self.kl, more.kl))

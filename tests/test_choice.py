@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from refusal_direction import ChatModel, Extraction, artifacts, choice, cli, extract, report
-from refusal_direction.choice import Choice, Setting, choose, how
+from refusal_direction import ChatModel, Extraction, artifacts, cli, extract, report, sweeps
+from refusal_direction.choice import Choice, choose, how
 from refusal_direction.config import TEXT, VISION, VISION_CONFIG, Config, ModelSource, PromptSource, Rules
 from refusal_direction.demo import vision
 from refusal_direction.engine import Candidates, Engine, Kind, Row
@@ -25,6 +25,7 @@ from refusal_direction.errors import ConfigurationError, NoCandidateError
 from refusal_direction.models.refusal_tokens import RefusalTokens
 from refusal_direction.scoring import Baseline, Scores, null_candidates
 from refusal_direction.search import Measure
+from refusal_direction.sweeps import Setting
 from tests.test_search import Problem, random_problem
 
 VOCAB, D_MODEL, N_TRAIN = 11, 5, 4
@@ -34,6 +35,8 @@ MEASURES = {"ablation_refusal": Measure.ABLATION, "steering_refusal": Measure.ST
 
 class FakeEngine:
     """Rows are not run: their scores stand in a table."""
+
+    dtype = torch.float32
 
     def work(self, rows: Sequence[Row], candidates: Candidates) -> int:
         return len(rows)
@@ -64,20 +67,21 @@ def setting_of(problem: Problem, generator: torch.Generator) -> Setting:
     return Setting(cast(Engine, FakeEngine()), tokens, candidates, baseline, kept)
 
 
-def scoring_by(problem: Problem) -> Any:
-    """Stands for `score_candidates`: reads the scores of the rows from the problem's table."""
+def scoring_by(problem: Problem, noise: float = 0.0) -> Any:
+    """Stands for `score_candidates`: reads the scores of the rows from the problem's table; copies are off by `noise`."""
 
     def score(
         engine: Engine, tokens: object, candidates: Candidates, rows: Sequence[Row], baseline: Baseline,
         kept: dict[str, list[int]], tick: object, store: object,
     ) -> Scores:  # fmt: skip
         unmeasured = torch.where(null_candidates(candidates), 0.0, torch.nan).unsqueeze(1)
-        found = {measure: unmeasured + torch.zeros_like(table) for measure, table in problem.scores.items()}
+        found = {measure: unmeasured + table.new_zeros(table.shape[1]) for measure, table in problem.scores.items()}
         for row in rows:
             harmful = row.prompt in kept["harmful_val"]
             measure = Measure.STEERING if row.kind is Kind.STEERING else Measure.ABLATION if harmful else Measure.KL
             prompt = kept["harmful_val" if harmful else "harmless_val"].index(row.prompt)
-            found[measure][row.candidate, prompt] = problem.scores[measure][row.candidate, prompt]
+            copy, original = divmod(row.candidate, len(problem))
+            found[measure][row.candidate, prompt] = problem.scores[measure][original, prompt] + copy * noise
         return Scores(found[Measure.ABLATION], found[Measure.STEERING], found[Measure.KL])
 
     return score
@@ -108,7 +112,7 @@ def problems(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
                 Measure.KL: problem.scores[Measure.KL].clamp_min(0),
             }  # of such a small vocabulary
             problem = replace(problem, scores=positive)
-            monkeypatch.setattr(choice, "score_candidates", scoring_by(problem))
+            monkeypatch.setattr(sweeps, "score_candidates", scoring_by(problem))
             yield seed, problem
 
     return generate()
@@ -175,7 +179,7 @@ def test_a_reason_is_true(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.
             problem,
             scores={**problem.scores, Measure.KL: problem.scores[Measure.KL].clamp_min(0)},
         )
-        monkeypatch.setattr(choice, "score_candidates", scoring_by(problem))
+        monkeypatch.setattr(sweeps, "score_candidates", scoring_by(problem))
         found = outcome(problem, TEXT, "pruned", seed)
         if isinstance(found, str):
             continue
@@ -257,6 +261,7 @@ def test_the_work_done_is_recorded_and_shown(found: Extraction, extraction: Extr
         "name": "pruned",
         "prompt_evaluations": found.choice.evaluations,
         "prompt_evaluations_of_exhaustive": found.choice.exhaustive,
+        "rows_repeated_for_rounding": found.choice.repeated,
         "sweeps": found.choice.sweeps,
     }
     assert f"Pruned search: {found.choice.evaluations} prompt evaluations" in report.results(found)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from refusal_direction import choice, cli, pipeline
+from refusal_direction import cli, pipeline, sweeps
 from refusal_direction.artifacts import file_names
 from refusal_direction.config import TEXT, UNFINISHED, Config
 from refusal_direction.engine.interventions import ResidualStream
@@ -158,7 +158,7 @@ def test_an_interrupted_run_leaves_no_results_behind(
     def interrupted(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(choice, "score_candidates", interrupted)
+    monkeypatch.setattr(sweeps, "score_candidates", interrupted)
     assert run(output=tmp_path) == 130
     assert "Interrupted" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == [UNFINISHED]

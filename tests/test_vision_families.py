@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from tests.vision_problems import VisionProblem, known_vision, make_vision_probl
 
 SCORE_TOLERANCE = 1e-4
 LEAK_TOLERANCE = 1e-5
-MORE_IMAGES = 8
+MORE_IMAGES = 11
 """How many images more than there are prompts the tower may see, whatever the number of candidates."""
 
 VISION_FAMILIES = {name: family for name, family in EVERY_FAMILY.items() if family.writes}
@@ -115,11 +116,13 @@ def test_images_of_several_sizes_agree_with_the_slow_reference(name: str, shapes
     assert largest_difference(answer, solve_vision_slowly(model, family, problem), problem) < SCORE_TOLERANCE
 
 
+def refuse(*arguments: object, **settings: object) -> None:
+    """In place of LayerMajor.__init__: the engine falls back to hooked forwards."""
+    raise UnsupportedModelError("Not layer by layer.")
+
+
 @pytest.mark.parametrize("name", ["paligemma2", "qwen3_vl"])
 def test_plain_hooked_forwards_agree_with_the_slow_reference(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*arguments: object) -> None:
-        raise UnsupportedModelError("Not layer by layer.")
-
     monkeypatch.setattr(engine_module.LayerMajor, "__init__", refuse)
     model, problem, expected = reference_case(name)
     answer = solve(engine_of(model, problem, 4), problem)
@@ -240,3 +243,27 @@ def test_the_reference_runs_the_vision_tower_for_every_candidate(name: str) -> N
         solve_vision_slowly(model, family, problem)
     of_candidate = len(problem.harmful_val) + 2 * len(problem.harmless_val)
     assert sum(seen) == len(problem.inputs) + N_POSITIONS * N_LAYERS * of_candidate
+
+
+@pytest.mark.parametrize("fallback", [False, True], ids=["layer-major", "hooked"])
+def test_images_that_see_each_other_in_the_tower_are_embedded_one_by_one(
+    fallback: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As MiniMax M3's tower does with those of a batch in transformers 5.17; alone, an image is as it was."""
+    model, problem, expected = reference_case("paligemma2")
+
+    def mixed(module: Any, args: Any, output: Any) -> Any:
+        hidden = output.last_hidden_state
+        output.last_hidden_state = hidden + (hidden.sum(0) - hidden)
+        return output
+
+    if fallback:
+        monkeypatch.setattr(engine_module.LayerMajor, "__init__", refuse)
+    handle = model.get_submodule(VISION_FAMILIES["paligemma2"].tower).register_forward_hook(mixed)
+    try:
+        answer = solve(engine_of(model, problem, 4), problem)
+    finally:
+        handle.remove()
+    assert "mixes prompts that are run together" in caplog.text
+    assert answer.engine.name == ("hooked" if fallback else "layer-major")
+    assert largest_difference(answer, expected, problem) < SCORE_TOLERANCE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -12,6 +13,7 @@ from refusal_direction.engine.budget import Budget
 from refusal_direction.engine.hooked import Hooked
 from refusal_direction.engine.interventions import ResidualStream
 from refusal_direction.engine.layer_major import Consume, LayerMajor, Observe, Tick
+from refusal_direction.engine.residency import resident
 from refusal_direction.engine.rows import Candidates, Kind, Row
 from refusal_direction.errors import UnsupportedModelError
 
@@ -51,15 +53,31 @@ class Engine:
         self.stream, self.prompts = stream, prompts
         self.budget = Budget(stream.skeleton.model, stream.layers, batch_size, memory, kept)
         self._runner: LayerMajor | Hooked
-        try:
-            self._runner = LayerMajor(stream, prompts, self.budget, observed)
-        except UnsupportedModelError as error:
-            self._fall_back(str(error))
+        with resident(*stream.skeleton.outer, recurse=False):
+            self._apart = self._keeps_apart()
+            try:
+                self._runner = LayerMajor(stream, prompts, self.budget, observed, together=self._apart)
+            except UnsupportedModelError as error:
+                self._fall_back(str(error))
+
+    def _keeps_apart(self) -> bool:
+        apart = self.stream.skeleton.keeps_apart(self.prompts)
+        if not apart:
+            log.warning(
+                "%s mixes prompts that are run together before they reach its layers, so each is embedded by itself.",
+                type(self.stream.skeleton.model).__name__,
+            )
+        return apart
 
     @property
     def name(self) -> str:
         """Which engine runs: "layer-major" or "hooked"."""
         return "layer-major" if isinstance(self._runner, LayerMajor) else "hooked"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the model computes."""
+        return self.stream.skeleton.model.dtype
 
     @property
     def leak(self) -> float:
@@ -78,7 +96,7 @@ class Engine:
     def _fall_back(self, reason: str) -> None:
         log.warning("Plain hooked forwards are used, which is slower but exact. %s", reason)
         self.stream.skeleton.held.close()
-        self._runner = Hooked(self.stream, self.prompts, self.budget)
+        self._runner = Hooked(self.stream, self.prompts, self.budget, together=self._apart)
 
     def parts(self, rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
         """The rows as they go through together: each part is a pass over the weights of its own."""
@@ -112,7 +130,7 @@ class Engine:
         tick = _at_most(len(rows) * len(self.stream.layers), tick)
         if isinstance(self._runner, LayerMajor):
             difference = self._watched_baseline(self._runner, rows, consume, observe, tick)
-            tolerance = max(1e-4, 8 * torch.finfo(self.stream.skeleton.model.dtype).eps)
+            tolerance = max(1e-4, 8 * torch.finfo(self.dtype).eps)
             if difference <= tolerance:
                 return
             self._fall_back(
@@ -125,9 +143,16 @@ class Engine:
     ) -> float:
         """The first pass; returns how far it is from the model's own forward on one prompt, relative to the logits.
 
-        The prompt also goes through as a row that branches off half-way with nothing added: it must come out alike.
+        The prompt also goes through as a row that branches off half-way with nothing added: it must come out alike. It is the
+        longest of those that run together with others of their shape, if there are any.
         """
-        witness = max(rows, key=lambda row: self.prompts[row.prompt]["input_ids"].shape[-1]).prompt
+
+        def shapes(row: Row) -> tuple[torch.Size, ...]:
+            return tuple(tensor.shape for tensor in self.prompts[row.prompt].values())
+
+        alike = Counter(map(shapes, rows))
+        length = {row: self.prompts[row.prompt]["input_ids"].shape[-1] for row in rows}
+        witness = max(rows, key=lambda row: (alike[shapes(row)] > 1, length[row])).prompt
         d_model = self.stream.skeleton.d_model
         nothing = Candidates(torch.zeros(1, d_model), (len(self.stream.layers) // 2,))
         branch = Row(witness, Kind.STEERING, 0)
@@ -155,7 +180,7 @@ class Engine:
         Raises UnsupportedModelError where an ablated stream still holds some of its direction.
         """
         self._runner.run(rows, consume=consume, candidates=candidates, tick=tick)
-        tolerance = max(1e-4, torch.finfo(self.stream.skeleton.model.dtype).eps)
+        tolerance = max(1e-4, torch.finfo(self.dtype).eps)
         if self.leak > tolerance:
             raise UnsupportedModelError(
                 f"After ablation {self.leak:.1%} of the residual stream still lay along the direction: a write was missed, "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,10 +24,20 @@ __all__ = ["Hooked"]
 
 
 class Hooked:
-    """Runs rows of the given prompts through the model's own forward, under hooks."""
+    """Runs rows of the given prompts through the model's own forward, under hooks.
 
-    def __init__(self, stream: ResidualStream, prompts: Sequence[Mapping[str, Tensor]], budget: Budget) -> None:
-        self.stream, self.prompts, self.budget = stream, prompts, budget
+    Rows go `together` unless the model mixes them (`Skeleton.keeps_apart`).
+    """
+
+    def __init__(
+        self,
+        stream: ResidualStream,
+        prompts: Sequence[Mapping[str, Tensor]],
+        budget: Budget,
+        *,
+        together: bool = True,
+    ) -> None:
+        self.stream, self.prompts, self.budget, self._together = stream, prompts, budget, together
         self.leak = 0.0
 
     @torch.no_grad()
@@ -55,7 +66,10 @@ class Hooked:
                 tick(len(microbatch) * len(self.stream.layers))
 
             length = self.prompts[alike[0].prompt]["input_ids"].shape[-1]
-            halving(through, len(alike), self.budget, lambda length=length: self.budget.rows(length))  # type: ignore[misc]
+            halving(through, len(alike), self.budget, partial(self._at_once, length))
+
+    def _at_once(self, length: int) -> int:
+        return self.budget.rows(length) if self._together else 1
 
     def _alike(self, rows: Sequence[Row], candidates: Candidates | None) -> Iterator[list[Row]]:
         """Rows of one shape and one kind; steered rows of one layer."""

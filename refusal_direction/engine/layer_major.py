@@ -58,6 +58,7 @@ class LayerMajor:
         prompts: the model's inputs for each prompt, a batch of one each: input_ids (1, token), attention_mask, ...
         budget: how many rows may go through a layer at once, and how much memory hidden states may take.
         spared: what observers see of a prompt is at least so many of its last tokens; None: all of them.
+        together: whether prompts can be embedded together (`Skeleton.keeps_apart`).
 
     Raises UnsupportedModelError where layers share mutable state or hold arguments that cannot be followed; the caller
     then falls back to hooked forwards.
@@ -69,8 +70,10 @@ class LayerMajor:
         prompts: Sequence[Mapping[str, Tensor]],
         budget: Budget,
         spared: int | None = None,
+        *,
+        together: bool = True,
     ) -> None:
-        self.stream, self.skeleton, self.budget = stream, stream.skeleton, budget
+        self.stream, self.skeleton, self.budget, self._together = stream, stream.skeleton, budget, together
         self.prompts = prompts
         self.leak = 0.0
         """Largest |x . u| / |x| seen at a layer's output in ablated rows."""
@@ -121,7 +124,10 @@ class LayerMajor:
         def through(some: slice) -> None:
             parts.append(self.skeleton.prelude(self._stack(members[some])))
 
-        halving(through, len(members), self.budget, lambda: self.budget.rows(self._length(members[0])))
+        def at_once() -> int:
+            return self.budget.rows(self._length(members[0])) if self._together else 1
+
+        halving(through, len(members), self.budget, at_once)
         joined: dict[int, Tensor] = {}
         calls = []
         for index, axes in enumerate(self._axes):

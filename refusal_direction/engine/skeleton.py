@@ -9,7 +9,7 @@ final norm, head, scaling and soft-capping make the logits.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -217,6 +217,22 @@ class Skeleton:
         self._check_turn(len(self.layers), len(calls))
         self.d_model = hidden[0].shape[-1]
         return Prelude(hidden[0], tuple(calls))
+
+    def keeps_apart(self, prompts: Sequence[Mapping[str, Tensor]]) -> bool:
+        """Whether prompts run together reach the layers as they do alone, seen on two of one shape.
+
+        A vision tower may let the images of a batch see each other (MiniMax M3 in transformers 5.17).
+        """
+        by_shape: dict[Any, Mapping[str, Tensor]] = {}
+        for inputs in prompts:
+            other = by_shape.setdefault(tuple(tuple(tensor.shape) for tensor in inputs.values()), inputs)
+            images = [name for name, tensor in inputs.items() if tensor.is_floating_point()]
+            if any(not torch.equal(inputs[name], other[name]) for name in images or inputs):
+                together = self.prelude({name: torch.cat([inputs[name], other[name]]) for name in inputs}).hidden[0]
+                alone = self.prelude(inputs).hidden[0]
+                tolerance = max(1e-4, 8 * torch.finfo(alone.dtype).eps)
+                return bool((together - alone).abs().max() <= tolerance * alone.abs().max())
+        return True
 
     @torch.no_grad()
     def tail(self, hidden: Float[Tensor, "row d_model"], token: int) -> Float[Tensor, "row vocab"]:

@@ -51,6 +51,7 @@ def search(
     ask: Ask,
     *,
     fallbacks: bool,
+    noise: Callable[[], Mapping[Measure, float]] = dict,
 ) -> Found:
     """Measure until it is proven which candidate is selected.
 
@@ -60,12 +61,14 @@ def search(
         hints: guesses that save work if they are right.
         ask: measures. NaN is an answer, too.
         fallbacks: whether conditions that no candidate meets are dropped (images with text).
+        noise: how far rounding alone moves a mean, as known so far. What is dropped is further away than that.
     """
     table = Table(len(conditions.layers), floors)
     judgement = judge(table, conditions)
     if judgement.open:
         _measure(table, first_round(table, conditions, judgement, hints), ask)
     while True:
+        table.allow_for(noise())
         judgement = judge(table, conditions)
         if judgement.open:
             _measure(table, next_round(table, conditions, judgement, hints), ask)

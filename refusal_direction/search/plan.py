@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from refusal_direction.search.table import SLACK, Cell, Measure, Table
+from refusal_direction.search.table import Cell, Measure, Table
 from refusal_direction.search.verdicts import Conditions, Judgement
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class _Forecast:
     """What one measure is likely to come to, for every candidate."""
 
     def __init__(self, table: Table, measure: Measure, hints: Hints) -> None:
-        self.measure, shape = measure, hints.shape[measure]
+        self.measure, shape, self._slack = measure, hints.shape[measure], table.slack[measure]
         costs, known, floors = table.costs(measure), table.known[measure], table.floors[measure]
         expected, cautious = (_expected(costs, known, shape, measure, doubt=doubt) for doubt in (False, True))
         self.means: list[float] = torch.where(known, costs, torch.maximum(expected, floors)).mean(1).tolist()
@@ -100,7 +100,7 @@ class _Forecast:
         None where all that are left are not likely to.
         """
         rest, gains = self.rest(candidate), self._gains[candidate]
-        lacking = (limit + 2 * SLACK) * len(gains) - self._bounds[candidate]
+        lacking = (limit + 2 * self._slack) * len(gains) - self._bounds[candidate]
         if lacking <= 0:
             return []
         for count, cell in enumerate(rest, start=1):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["SLACK", "Cell", "Measure", "Table"]
 
 SLACK = 1e-4
-"""Bounds are lowered by more than rounding could have raised them, in float32 too. Complete means are exact."""
+"""The least by which bounds are lowered, more than rounding raises them in float32. Complete means are exact."""
 
 
 class Measure(Enum):
@@ -61,12 +61,18 @@ class Table:
         self.known: dict[Measure, Bool[Tensor, "candidate prompt"]] = {
             measure: torch.zeros(n_candidates, len(floor), dtype=torch.bool) for measure, floor in floors.items()
         }
+        self.slack = dict.fromkeys(floors, SLACK)
+        """By how much bounds are lowered: more than rounding could have raised them."""
 
     def enter(self, cells: Sequence[Cell], scores: Iterable[float]) -> None:
         """Take down what was measured; NaN is a score, too."""
         for (candidate, measure, prompt), score in zip(cells, scores, strict=True):
             self.scores[measure][candidate, prompt] = score
             self.known[measure][candidate, prompt] = True
+
+    def allow_for(self, noise: Mapping[Measure, float]) -> None:
+        """Lower bounds by what rounding was seen to do, if that is more."""
+        self.slack = {measure: max(SLACK, noise.get(measure, 0.0)) for measure in self.slack}  # NaN is not more
 
     def missing(self, candidate: int, measure: Measure) -> list[Cell]:
         """What has not been measured of a candidate."""
@@ -89,8 +95,11 @@ class Table:
         """Which have a score that came out as NaN."""
         return (self.known[measure] & self.scores[measure].isnan()).any(dim=1)
 
+    def bound(self, measure: Measure) -> Float[Tensor, "candidate"]:
+        """The mean cost of candidates that are complete; for the others a lower bound of it, up to rounding."""
+        return torch.where(self.known[measure], self.costs(measure), self.floors[measure]).mean(dim=1)
+
     def least(self, measure: Measure) -> Float[Tensor, "candidate"]:
         """The mean cost of candidates that are complete; a proven lower bound of it for the others."""
-        costs = self.costs(measure)
-        bound = torch.where(self.known[measure], costs, self.floors[measure]).mean(dim=1) - SLACK
-        return torch.where(self.complete(measure), costs.mean(dim=1), bound)
+        bound = self.bound(measure)
+        return torch.where(self.complete(measure), bound, bound - self.slack[measure])
