@@ -27,7 +27,7 @@ from tests.problems import as_inputs, known
 
 SCORE_TOLERANCE = 1e-4
 LEAK_TOLERANCE = 1e-5
-CONTROL = 50
+CONTROL = 20
 """How many times the tolerance what is not tolerated has to be, for the comparison to mean something."""
 
 every_row = pytest.mark.parametrize(("kind", "name"), row_names(), ids=lambda value: value)

@@ -73,7 +73,8 @@ _DENSE = {
         "cohere_compass_text",
         {
             "rope_parameters": {
-                kind: {"rope_type": "default", "rope_theta": 1e4} for kind in _ALTERNATING["layer_types"]
+                kind: {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+                for kind in _ALTERNATING["layer_types"]
             },
             "logit_scale": 1.0,
             **_ALTERNATING,
