@@ -76,10 +76,30 @@ def setting(options: argparse.Namespace) -> tuple[ChatModel, PromptSets, Config]
         config = Config(model=ModelSource(DEMO_MODEL if options.data_dir is None else options.model), prompts=source)
         chat = load_chat_model(options.model)
     sets = gather(config)
-    wide = replace(chat, model=widened(chat.model, times=options.times))
+    more = {"tower": 11, "words": 8} if options.vlm else {"words": 4}
+    wide = replace(chat, model=widened(chat.model, times=options.times, **more))
+    print(proportions(wide, sets), flush=True)
     before, after = (one.complete(list(sets.harmful_val[:4]), 8) for one in (chat, wide))
     print(f"{wide.model.num_parameters() / 1e6:.0f}M parameters; completions unchanged: {before == after}", flush=True)
     return wide, sets, config
+
+
+def proportions(chat: ChatModel, sets: PromptSets) -> str:
+    """What head and vision tower cost where they run on every token and image, relative to the decoder's layers."""
+
+    def size(module: torch.nn.Module) -> int:
+        return sum(weight.numel() for weight in module.parameters())
+
+    inputs = [chat.inputs(prompt) for prompt in sets.everything]
+    tokens = sum(one["input_ids"].shape[1] for one in inputs) / len(inputs)
+    layers, head = size(chat.model.get_decoder().layers), size(chat.model.get_output_embeddings())
+    said = f"{tokens:.0f} tokens a prompt; the head takes {head / layers:.0%} of the layers' work"
+    tower = getattr(chat.model.base_model, "vision_tower", None)
+    if tower is None:
+        return said + " (Gemma 7B: 10%)"
+    patches = chat.model.config.vision_config.image_size // chat.model.config.vision_config.patch_size
+    share = size(tower) * patches**2 / (layers * tokens)
+    return f"{said} (PaliGemma 2 3B: 29%), the vision tower {share:.0%} (20%)"
 
 
 def naive(found: Extraction) -> int:

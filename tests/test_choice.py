@@ -315,6 +315,9 @@ def test_on_the_vision_language_demo_the_choice_is_that_of_the_published_rule() 
     assert pruned.selection.index == published.selection.index
     assert pruned.warnings == published.warnings
     assert pruned.choice.evaluations < 0.75 * published.choice.evaluations
+    whole = replace(config, prompts=PromptSource(), skip_filter=True, search="pruned")
+    found = extract("demo", whole)
+    assert found.choice.evaluations <= 0.25 * found.choice.exhaustive
 
 
 def test_the_flag_asks_for_it() -> None:

@@ -43,11 +43,11 @@ class Hints:
 def first_round(table: Table, conditions: Conditions, judgement: Judgement, hints: Hints) -> list[Cell]:
     """A prompt of each measure for every candidate; the ablation score of the most promising in full.
 
-    Where only the `top_k` of lowest KL are considered, and there are more, the KL decides more: an eighth of the prompts.
+    Where only the `top_k` of lowest KL are considered, and there are many more, the KL decides more: an eighth of the prompts.
     """
     forecasts = _forecasts(table, hints)
     tried = dict.fromkeys(Measure, 1)
-    if int(judgement.fitting.sum()) > conditions.top_k:
+    if int(judgement.fitting.sum()) > 2 * conditions.top_k:
         tried[Measure.KL] = ceil(len(table.floors[Measure.KL]) / 8)
     open_ = set(judgement.open)
     leader = next(candidate for candidate in hints.candidates if candidate in open_)
