@@ -66,7 +66,10 @@ def main() -> None:
         process = context.Process(target=_pair, args=(name, options, there))
         process.start()
         there.close()
-        estimated, took, memory, peak = here.recv()
+        try:
+            estimated, took, memory, peak = here.recv()
+        except EOFError:
+            raise SystemExit(f"The process that measured the {name} model died: the reason is above.") from None
         process.join()
         print(
             f"{name:12s} {estimated:9.1f} s {took:7.1f} s {estimated / took:6.2f} {memory / 2**20:14.0f} MiB "

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from PIL import Image
 from transformers import (
     Gemma3Processor,
@@ -341,6 +343,8 @@ def test_a_saved_model_is_loaded_with_its_processor(
 ) -> None:
     chats[name].model.save_pretrained(tmp_path)
     chats[name].processor.save_pretrained(tmp_path)
+    if name == "idefics3" and Version(transformers.__version__) < Version("5.24") and not is_torchvision_available():
+        pytest.skip("older transformers load Idefics3's processor only where torchvision is installed")
     loaded = load_vision_model(ModelSource(str(tmp_path), dtype="float32"))
     assert (loaded.model_id, loaded.revision, loaded.n_positions) == (str(tmp_path), None, 3)
     ours, theirs = loaded.inputs(prompt()), chats[name].inputs(prompt())
