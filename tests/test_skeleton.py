@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from refusal_direction.engine.interventions import ResidualStream, ablated
+from refusal_direction.engine.skeleton import Skeleton
 from refusal_direction.errors import UnsupportedModelError
 from refusal_direction.models.layers import other_blocks
 from tests.families import D_MODEL, FAMILIES, TEXT_FAMILIES, build
@@ -66,6 +68,29 @@ def test_several_streams_are_refused_with_their_shape(llama: PreTrainedModel) ->
 
     llama.model.embed_tokens.forward = doubled
     assert "in the shape (1, 24, 32)" in refusal(llama)
+
+
+def test_a_model_that_transformers_itself_cannot_run_is_explained(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Llama 4 with images in transformers 5.24, which looks for an output that is not there."""
+
+    def broken(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return original(self, *args, **kwargs).image_outputs
+
+    original = type(llama).forward
+    monkeypatch.setattr(type(llama), "forward", broken)
+    explanation = refusal(llama)
+    assert explanation.startswith(f"LlamaForCausalLM does not run in transformers {transformers.__version__}")
+    assert "image_outputs" in explanation
+
+
+def test_an_error_of_the_engine_is_not_blamed_on_the_model(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Skeleton, "tail", lambda *args: None.missing)
+    with pytest.raises(AttributeError, match="missing"):
+        ResidualStream(llama)
 
 
 def test_training_mode_is_refused_where_dropout_is_at_work() -> None:

@@ -35,7 +35,7 @@ class ResidualStream:
         self.skeleton, self.training = Skeleton(model), model.training
         self.layers = self.skeleton.layers
         ids = torch.arange(3, 3 + _PROBE_TOKENS, device=execution_device(model)).unsqueeze(0)
-        with resident(*self.skeleton.outer, recurse=False):
+        with resident(*self.skeleton.outer, recurse=False), self.skeleton.explained(ids):
             prelude = self.skeleton.prelude({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
             self.skeleton.verify(prelude, ids)
         self.shares_state = any(call.shares_state for call in prelude.calls)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -84,6 +85,10 @@ class Prelude:
         return sum(held.values())
 
 
+_BROKEN = (AttributeError, IndexError, KeyError, NameError, NotImplementedError, TypeError)
+"""What code raises that is at fault itself, whatever its input."""
+
+
 class _Recorded(Exception):
     """Ends a prelude once the last layer's call is known: the final norm and the head are not needed."""
 
@@ -130,6 +135,22 @@ class Skeleton:
     @property
     def outer(self) -> Iterator[nn.Module]:
         return outside(self.model, self.layers)
+
+    @contextmanager
+    def explained(self, ids: Int[Tensor, "row token"]) -> Iterator[None]:
+        """Where what runs within fails, and so does the model left alone, raise UnsupportedModelError that says so."""
+        try:
+            yield
+        except _BROKEN:
+            try:
+                with torch.no_grad():
+                    self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+            except _BROKEN as error:
+                raise UnsupportedModelError(
+                    f"{type(self.model).__name__} does not run in transformers {transformers.__version__}: its own forward, on text alone, "
+                    f"ends in {type(error).__name__}: {error}. Another version may run it."
+                ) from error
+            raise
 
     def _as_output(self, index: int, hidden: Tensor) -> Any:
         length = self._tuple_length[type(self.layers[index])]

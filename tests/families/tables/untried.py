@@ -13,7 +13,7 @@ _WHY = {
         "florence2 pix2struct pp_formulanet t5gemma2 udop vision-encoder-decoder"
     ),
     "the tower is one of timm's": "fast_vlm gemma3n perception_lm",
-    "in transformers 5.24 its own forward ends in an AttributeError": "llama4",
+    "in transformers 5.24 its own forward ends in an AttributeError, which is explained; 5.17 runs it": "llama4",
     "drafts tokens for another model, from that model's states": "gemma4_assistant gemma4_unified_assistant",
     "works on bytes, with four models in one": "blt",
     "images become tokens of its vocabulary": "apertus1p5 chameleon emu3",
