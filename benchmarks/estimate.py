@@ -8,14 +8,13 @@ Each pair runs in a process of its own, so that its peak memory is its own.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
+from apart import apart
 from scoring import random_gemma, tokenizer_for
 
 from refusal_direction.config import DEMO_MODEL, VISION_CONFIG, Config, ModelSource, PromptSource
@@ -33,7 +32,8 @@ def large(folder: Path, options: argparse.Namespace) -> Config:
     return Config(model=ModelSource(str(folder), dtype="float32"), prompts=source, skip_filter=True)
 
 
-def _pair(name: str, options: argparse.Namespace, pipe: Any) -> None:
+def _pair(name: str, options: argparse.Namespace) -> tuple[float, float, int, int]:
+    """Seconds and bytes, estimated and taken."""
     with tempfile.TemporaryDirectory() as folder:
         demo = {"demo": Config(), "vision demo": VISION_CONFIG}
         config = (
@@ -47,7 +47,7 @@ def _pair(name: str, options: argparse.Namespace, pipe: Any) -> None:
             memory = extract(config.model.model_id, config).peak_memory
         except NoCandidateError:  # of a random model, after all the work
             memory = peak_bytes(torch.device("cpu"))
-        pipe.send((cost.seconds, time.perf_counter() - begin, cost.memory, memory))
+        return cost.seconds, time.perf_counter() - begin, cost.memory, memory
 
 
 def main() -> None:
@@ -61,16 +61,7 @@ def main() -> None:
     options = arguments.parse_args()
     print("model          estimated   took    ratio   memory estimated   peak    ratio")
     for name in ("demo", "vision demo", *(["large"] if options.large else [])):
-        context = multiprocessing.get_context("spawn")
-        here, there = context.Pipe()
-        process = context.Process(target=_pair, args=(name, options, there))
-        process.start()
-        there.close()
-        try:
-            estimated, took, memory, peak = here.recv()
-        except EOFError:
-            raise SystemExit(f"The process that measured the {name} model died: the reason is above.") from None
-        process.join()
+        estimated, took, memory, peak = apart(_pair, name, options)
         print(
             f"{name:12s} {estimated:9.1f} s {took:7.1f} s {estimated / took:6.2f} {memory / 2**20:14.0f} MiB "
             f"{peak / 2**20:7.0f} MiB {memory / peak:6.2f}",

@@ -8,13 +8,12 @@ A random Gemma as in scoring.py on many long prompts, so that every budget is to
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
 from accelerate.utils.modeling import convert_file_size_to_int
+from apart import apart
 from scoring import random_gemma
 
 from refusal_direction.engine import Candidates, Engine
@@ -26,7 +25,8 @@ from refusal_direction.scoring import intervention_rows, kept_bytes, measure_bas
 N_POSITIONS = 5
 
 
-def _run(budget: int | None, options: argparse.Namespace, pipe: Any) -> None:
+def _run(budget: int | None, options: argparse.Namespace) -> tuple[int, int, int]:
+    """Peak memory beside the model, passes, and what the hidden states of all rows take, in bytes."""
     model = random_gemma(options.layers)
     stream = ResidualStream(model)
     generator = torch.Generator().manual_seed(0)
@@ -43,7 +43,7 @@ def _run(budget: int | None, options: argparse.Namespace, pipe: Any) -> None:
     rows = intervention_rows(candidates, harmful=harmful, harmless=harmless)
     chunks = len(list(engine.budget.chunks(rows, engine.row_bytes(rows))))
     score_candidates(engine, tokens, candidates, rows, baseline, {"harmful_val": harmful, "harmless_val": harmless})
-    pipe.send((peak_bytes(torch.device("cpu")) - before, chunks, sum(engine.row_bytes(rows))))
+    return peak_bytes(torch.device("cpu")) - before, chunks, sum(engine.row_bytes(rows))
 
 
 def main() -> None:
@@ -57,12 +57,7 @@ def main() -> None:
     print("budget        peak beside the model   of the budget   passes   hidden states of all rows")
     for name in options.budgets:
         budget = int(convert_file_size_to_int(name))
-        here, there = multiprocessing.get_context("spawn").Pipe()
-        process = multiprocessing.get_context("spawn").Process(target=_run, args=(budget, options, there))
-        process.start()
-        there.close()
-        peak, chunks, needed = here.recv()
-        process.join()
+        peak, chunks, needed = apart(_run, budget, options)
         print(
             f"{name:10s} {peak / 2**20:12.0f} MiB {peak / budget:18.0%} {chunks:14d} {needed / 2**20:14.0f} MiB",
             flush=True,

@@ -12,19 +12,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import harmonic_mean
 from typing import Any
 
 import numpy as np
 import psutil
 import torch
 import vision
+from apart import apart
 from torch import Tensor
 from transformers import AutoTokenizer, GemmaConfig, GemmaForCausalLM, PreTrainedTokenizerBase
 
@@ -192,33 +192,20 @@ def products(layers: torch.nn.ModuleList) -> Iterator[list[int]]:
             handle.remove()
 
 
-@dataclass(frozen=True)
-class MatrixRate:
-    """What the machine reaches on a plain float32 matrix product, in FLOP/s."""
-
-    best: float
-    """Of single products."""
-    sustained: float
-    """Over all of them: on a shared machine less, and what a run of a minute can be held against."""
-
-    @classmethod
-    def measured(cls, seconds: float = 5.0) -> MatrixRate:
-        a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
-        times: list[float] = []
-        while sum(times) < seconds:
-            begin = time.perf_counter()
-            a @ b
-            times.append(time.perf_counter() - begin)
-        flops = 2 * 2048**3
-        return cls(flops / min(times), flops * len(times) / sum(times))
-
-    def and_later(self, later: MatrixRate) -> MatrixRate:
-        """Of the times before and after a run."""
-        return MatrixRate(max(self.best, later.best), (self.sustained + later.sustained) / 2)
+def matrix_rates(seconds: float = 5.0) -> list[float]:
+    """What plain float32 matrix products reach, one after the other for so long, in FLOP/s."""
+    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    times: list[float] = []
+    while sum(times) < seconds:
+        begin = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - begin)
+    return [2 * 2048**3 / one for one in times]
 
 
-def _measured(name: str, options: argparse.Namespace, pipe: Any) -> None:
-    rate = MatrixRate.measured()
+def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Run one of the two. The machine is shared, so what it sustains before and after is told beside its best."""
+    rates = matrix_rates()
     if options.vlm:
         case = vision.Setting(options.layers, options.n_train, options.n_val)
         model, layers = case.model, case.model.model.language_model.layers
@@ -232,30 +219,17 @@ def _measured(name: str, options: argparse.Namespace, pipe: Any) -> None:
     with products(layers) as flops:
         scores = run()
     seconds = time.perf_counter() - begin
-    pipe.send(
-        {
-            "seconds": seconds,
-            "rate": rate.and_later(MatrixRate.measured()),
-            "memory": peak_bytes(torch.device("cpu")) - before,
-            "flops": sum(flops),
-            "parameters": model.num_parameters(),
-            "scores": {key: value.numpy() if isinstance(value, Tensor) else value for key, value in scores.items()},
-        }
-    )
-
-
-def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Run one of the two in a process of its own, so that its peak memory is its own."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=_measured, args=(name, options, there))
-    process.start()
-    while not here.poll(1.0):
-        if not process.is_alive():
-            raise SystemExit(f"The process that measured {name} died with exit code {process.exitcode}.")
-    result: dict[str, Any] = here.recv()
-    process.join()
-    return result
+    memory = peak_bytes(torch.device("cpu")) - before
+    rates += matrix_rates()
+    return {
+        "seconds": seconds,
+        "best": max(rates),
+        "sustained": harmonic_mean(rates),
+        "memory": memory,
+        "flops": sum(flops),
+        "parameters": model.num_parameters(),
+        "scores": {key: value.numpy() if isinstance(value, Tensor) else value for key, value in scores.items()},
+    }
 
 
 def show(name: str, run: dict[str, Any]) -> None:
@@ -274,8 +248,8 @@ def compare(runs: list[tuple[str, dict[str, Any]]]) -> None:
         reached = run["flops"] / run["seconds"]
         print(
             f"{name} spends {run['flops'] / 1e12:.1f} TFLOP in the layers' products: {reached / 1e9:.0f} GFLOP/s in all, "
-            f"{reached / run['rate'].best:.0%} of the machine's {run['rate'].best / 1e9:.0f} on a plain matrix product at its best, "
-            f"{reached / run['rate'].sustained:.0%} of the {run['rate'].sustained / 1e9:.0f} that it sustains"
+            f"{reached / run['best']:.0%} of the machine's {run['best'] / 1e9:.0f} on a plain matrix product at its best, "
+            f"{reached / run['sustained']:.0%} of the {run['sustained'] / 1e9:.0f} that it sustains"
         )
     if mine and naive:
         ours, theirs = mine[0]["scores"], naive[0]["scores"]
@@ -304,7 +278,7 @@ def main() -> None:
     options.n_val = options.n_val or (4 if options.vlm else 32)
     runs = []
     for name in (options.only,) if options.only else ("ours", "naive", "ours")[: 2 + options.twice]:
-        runs.append((name, measured(name, options)))
+        runs.append((name, apart(measured, name, options)))
         show(*runs[-1])
     compare(runs)
     shape = {"parameters": runs[0][1]["parameters"], "layers": options.layers, "torch": torch.__version__}

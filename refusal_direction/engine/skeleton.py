@@ -86,7 +86,7 @@ class Prelude:
 
 
 _BROKEN = (AttributeError, IndexError, KeyError, NameError, NotImplementedError, TypeError)
-"""What code raises that is at fault itself, whatever its input."""
+"""What code raises where it is at fault itself."""
 
 
 class _Recorded(Exception):
@@ -147,8 +147,8 @@ class Skeleton:
                     self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
             except _BROKEN as error:
                 raise UnsupportedModelError(
-                    f"{type(self.model).__name__} does not run in transformers {transformers.__version__}: its own forward, on text alone, "
-                    f"ends in {type(error).__name__}: {error}. Another version may run it."
+                    f"{type(self.model).__name__} does not run in transformers {transformers.__version__} on text alone: its own "
+                    f"forward ends in {type(error).__name__}: {error}. Another version may run it."
                 ) from error
             raise
 
