@@ -1,13 +1,17 @@
-"""Peak memory of this process, on the device that computes."""
+"""This process's memory: its peak on the device that computes, and what it keeps of what is freed."""
 
 from __future__ import annotations
 
+import ctypes
 import sys
 
 import psutil
 import torch
 
-__all__ = ["peak_bytes"]
+__all__ = ["keep_freed", "peak_bytes"]
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # in glibc's malloc.h
+_LARGEST = 2**31 - 1
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -20,3 +24,15 @@ def peak_bytes(device: torch.device) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def keep_freed(size: int) -> None:
+    """Keep up to so many bytes of freed memory for the next tensors, on Linux with glibc; elsewhere nothing changes.
+
+    By default each large tensor is given new pages by the system and its pages are taken away when it is freed: in a run on CPUs
+    that is a twelfth of the processors' time.
+    """
+    adjust = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if adjust is not None:
+        for threshold in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
+            adjust(threshold, min(size, _LARGEST))

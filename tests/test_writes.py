@@ -190,6 +190,27 @@ def test_write_that_is_small_beside_the_others_is_not_left_out(share: float) -> 
     assert [site.module for site in _writes(layer)] == ["attention", "mlp.2"]
 
 
+@pytest.mark.parametrize("silent", [("attention",), ("mlp.2",), ("attention", "mlp.2")])
+def test_write_that_is_nothing_in_this_layer_is_found(silent: tuple[str, ...]) -> None:
+    """Added blocks start so, and pruned ones end so; another layer of the same kind writes there."""
+    layer = Layer()
+    for name in silent:
+        for weight in layer.get_submodule(name).parameters():
+            nn.init.zeros_(weight)
+    assert [site.module for site in _writes(layer)] == ["attention", "mlp.2"]
+    assert all(not weight.any() for name in silent for weight in layer.get_submodule(name).parameters())
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_layers_that_write_nothing_do_not_hide_the_writes_of_others(name: str) -> None:
+    expected = ResidualStream(build(FAMILIES[name])).writes
+    model = build(FAMILIES[name])
+    first = model.model.layers[0]
+    nn.init.zeros_(first.self_attn.o_proj.weight)
+    nn.init.zeros_(first.mlp.down_proj.weight)
+    assert ResidualStream(model).writes == expected
+
+
 @pytest.mark.parametrize("layer", [MixingLayer, FunctionalLayer, GatedLayer, ReusingLayer])
 def test_layer_that_does_more_than_add_outputs_is_refused(layer: type[nn.Module]) -> None:
     with pytest.raises(UnsupportedModelError, match="residual writes of .* were not found"):

@@ -109,6 +109,7 @@ def find_writes(layer: nn.Module, run: Callable[[Tensor], Tensor], like: Tensor)
 def _record(layer: nn.Module, run: Callable[[Tensor], Tensor], hidden: Tensor) -> tuple[list[_Output], Tensor]:
     """Run the layer; return each distinct submodule output of the stream's shape, and the layer's output."""
     seen: dict[WriteSite, list[_Output]] = {}
+    generator = torch.Generator().manual_seed(1)
 
     def like_the_stream(part: Any) -> bool:
         same_size = isinstance(part, Tensor) and part.numel() == hidden.numel()
@@ -117,13 +118,21 @@ def _record(layer: nn.Module, run: Callable[[Tensor], Tensor], hidden: Tensor) -
     def copied(part: Tensor) -> Tensor:
         return part.detach().clone().view(hidden.shape)
 
-    def keep(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
+    def something(part: Any) -> Any:
+        """In its place, if it is nothing: a write that this layer does not use, but another of its kind may."""
+        if not like_the_stream(part) or part.any():
+            return part
+        return torch.randn(part.shape, generator=generator).to(part) * hidden.std()
+
+    def keep(name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
             given = copied(args[0]) if args and like_the_stream(args[0]) else None
-            for element, part in enumerate(output) if isinstance(output, tuple) else [(None, output)]:
+            parts = tuple(map(something, output if isinstance(output, tuple) else (output,)))
+            for element, part in enumerate(parts):
                 if like_the_stream(part):
-                    site = WriteSite(name, element)
+                    site = WriteSite(name, element if isinstance(output, tuple) else None)
                     seen.setdefault(site, []).append(_Output(site, copied(part), given))
+            return parts if isinstance(output, tuple) else parts[0]
 
         return hook
 
