@@ -27,7 +27,7 @@ from refusal_direction.pipeline import extract
 def large(folder: Path, options: argparse.Namespace) -> Config:
     """The random Gemma of scoring.py as a folder; a random model refuses nothing, so the filter is skipped."""
     random_gemma(options.layers).save_pretrained(folder)
-    tokenizer_for(options).save_pretrained(folder)
+    tokenizer_for(options.data_dir, options.tokenizer).save_pretrained(folder)
     source = PromptSource(n_train=options.n_train, n_val=options.n_val, data_dir=options.data_dir)
     return Config(model=ModelSource(str(folder), dtype="float32"), prompts=source, skip_filter=True)
 

@@ -59,14 +59,14 @@ def random_gemma(n_layers: int) -> GemmaForCausalLM:
     return GemmaForCausalLM(config).eval()
 
 
-def tokenizer_for(options: argparse.Namespace) -> PreTrainedTokenizerBase:
+def tokenizer_for(data_dir: Path, folder: str | None = None) -> PreTrainedTokenizerBase:
     """The one asked for; else as many tokens as the model has, learnt from the published prompts in the demo's template.
 
     Prompts are then as long as for real models. Without the published prompts: the demo's own.
     """
-    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer or demo.MODEL_DIR)
-    splits = [options.data_dir / f"{name}.json" for name in ("harmful_train", "harmless_train")]
-    if options.tokenizer or not all(path.exists() for path in splits):
+    tokenizer = AutoTokenizer.from_pretrained(folder or demo.MODEL_DIR)
+    splits = [data_dir / f"{name}.json" for name in ("harmful_train", "harmless_train")]
+    if folder or not all(path.exists() for path in splits):
         return tokenizer
     chat = ChatModel(random_gemma(1), tokenizer, "to render prompts")
     texts = [chat.render(entry["instruction"]) for path in splits for entry in json.loads(path.read_text())[:9000]]
@@ -74,11 +74,15 @@ def tokenizer_for(options: argparse.Namespace) -> PreTrainedTokenizerBase:
 
 
 def setting(options: argparse.Namespace) -> tuple[ChatModel, PromptSets]:
-    chat = ChatModel(random_gemma(options.layers), tokenizer_for(options), "random Gemma")
+    chat = ChatModel(random_gemma(options.layers), tokenizer_for(options.data_dir, options.tokenizer), "random Gemma")
+    return chat, prompt_sets(options)
+
+
+def prompt_sets(options: argparse.Namespace) -> PromptSets:
+    """The published ones; the demo's, if they have not been downloaded."""
     source = PromptSource(n_train=options.n_train, n_val=options.n_val, data_dir=options.data_dir)
     published = (options.data_dir / "harmful_train.json").exists()
-    model = ModelSource("random" if published else DEMO_MODEL)
-    return chat, gather(Config(model=model, prompts=source))
+    return gather(Config(model=ModelSource("random" if published else DEMO_MODEL), prompts=source))
 
 
 def ours(chat: ChatModel, sets: PromptSets) -> dict[str, Tensor]:
@@ -107,12 +111,11 @@ class Naive:
         for begin in range(0, len(prompts), BATCH):
             encoded = [self.chat.encode(prompt.text) for prompt in prompts[begin : begin + BATCH]]
             longest = max(map(len, encoded))
-            yield {
-                "input_ids": torch.tensor([[0] * (longest - len(tokens)) + tokens for tokens in encoded]),
-                "attention_mask": torch.tensor(
-                    [[0] * (longest - len(tokens)) + [1] * len(tokens) for tokens in encoded]
-                ),
+            padded = {
+                "input_ids": [[0] * (longest - len(tokens)) + tokens for tokens in encoded],
+                "attention_mask": [[0] * (longest - len(tokens)) + [1] * len(tokens) for tokens in encoded],
             }
+            yield {name: torch.tensor(rows, device=self.model.device) for name, rows in padded.items()}
 
     @torch.no_grad()
     def last_logits(self, prompts: tuple[Any, ...]) -> Tensor:
@@ -139,7 +142,8 @@ class Naive:
 
     @torch.no_grad()
     def mean_activations(self, prompts: tuple[Any, ...], n_positions: int) -> Tensor:
-        total = torch.zeros(n_positions, len(self.layers), self.model.config.hidden_size, dtype=torch.float64)
+        shape = (n_positions, len(self.layers), self.model.config.hidden_size)
+        total = torch.zeros(shape, dtype=torch.float64, device=self.model.device)
 
         def hook(index: int) -> Callable[..., None]:
             def add(module: Any, args: Any) -> None:
@@ -165,26 +169,24 @@ class Naive:
         for position in range(n_positions):
             for index, layer in enumerate(self.layers):
                 r = candidates[position, index]
-                u = unit(r).float()
+                u = unit(r).to(self.model.dtype)
                 with self.hooked(lambda x, u=u: x - (x @ u).unsqueeze(-1) * u, self.layers, outputs=True):
                     found["ablation"].append(refusal_score(self.last_logits(harmful), self.tokens))
                     found["kl"].append(kl_divergence(before, self.last_logits(harmless)))
-                with self.hooked(lambda x, r=r.float(): x + r, [layer], outputs=False):
+                with self.hooked(lambda x, r=r.to(u): x + r, [layer], outputs=False):
                     found["steering"].append(refusal_score(self.last_logits(harmless), self.tokens))
-        return {name: torch.stack(values) for name, values in found.items()}
+        return {name: torch.stack(values).cpu() for name, values in found.items()}
 
 
 @contextmanager
-def products(layers: torch.nn.ModuleList) -> Iterator[list[int]]:
-    """Counts the floating-point operations of the layers' matrix products, weights times tokens, as they are run."""
+def products(part: torch.nn.Module) -> Iterator[list[int]]:
+    """Counts the floating-point operations of its matrix products with weights, as they are run."""
     counted: list[int] = []
 
     def count(module: Any, args: Any, output: Tensor) -> None:
         counted.append(2 * output.numel() * module.in_features)
 
-    handles = [
-        module.register_forward_hook(count) for module in layers.modules() if isinstance(module, torch.nn.Linear)
-    ]
+    handles = [module.register_forward_hook(count) for module in part.modules() if isinstance(module, torch.nn.Linear)]
     try:
         yield counted
     finally:
@@ -192,15 +194,17 @@ def products(layers: torch.nn.ModuleList) -> Iterator[list[int]]:
             handle.remove()
 
 
-def matrix_rates(seconds: float = 5.0) -> list[float]:
-    """What plain float32 matrix products reach, one after the other for so long, in FLOP/s."""
-    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+def matrix_rates(seconds: float = 5.0, size: int = 2048, like: Tensor | None = None) -> list[float]:
+    """What plain matrix products reach, one after the other for so long, in FLOP/s: in float32 on the CPU, or as `like`."""
+    a, b = (torch.randn(size, size).to(torch.empty(0) if like is None else like) for _ in range(2))
     times: list[float] = []
     while sum(times) < seconds:
         begin = time.perf_counter()
         a @ b
+        if a.is_cuda:
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - begin)
-    return [2 * 2048**3 / one for one in times]
+    return [2 * size**3 / one for one in times]
 
 
 def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:

@@ -22,11 +22,12 @@ from typing import Any
 import torch
 import vision
 from scoring import Naive
+from torch import Tensor
 from transformers import PreTrainedModel
 from wide import widened
 
 from refusal_direction import ChatModel, extract, load_chat_model
-from refusal_direction.config import DEMO_MODEL, VISION_CONFIG, Config, ModelSource, PromptSource, Thresholds
+from refusal_direction.config import DEMO_MODEL, VISION_CONFIG, Config, ModelSource, PromptSource
 from refusal_direction.models.loading import load
 from refusal_direction.pipeline import Extraction
 from refusal_direction.prompts import PromptSets, gather
@@ -102,25 +103,25 @@ def proportions(chat: ChatModel, sets: PromptSets) -> str:
     return f"{said} (PaliGemma 2 3B: 29%), the vision tower {share:.0%} (20%)"
 
 
-def naive(found: Extraction) -> int:
-    """The candidate that the published loop selects, on the prompts that the filter kept."""
+def naive(found: Extraction) -> tuple[int, dict[str, Tensor]]:
+    """The candidate that the published loop selects, on the prompts that the filter kept, and mean scores of all."""
     chat, everything = found.chat, found.prompts.everything
     sets = PromptSets(**{name: tuple(everything[place] for place in members) for name, members in found.kept.items()})
-    scores = Naive(chat, sets).run()
+    scores = {name: values.mean(1) for name, values in Naive(chat, sets).run().items()}
     n_layers = found.candidates.shape[1]
-    columns = [scores[name].mean(1).tolist() for name in ("ablation", "steering", "kl")]
-    means = [CandidateScore(0, index % n_layers, *values) for index, values in enumerate(zip(*columns, strict=True))]
+    columns = zip(*(scores[name].tolist() for name in ("ablation", "steering", "kl")), strict=True)
+    means = [CandidateScore(0, index % n_layers, *values) for index, values in enumerate(columns)]
     null = [index for index, vector in enumerate(found.candidates.flatten(0, 1)) if vector.norm() <= 1e-12]
-    return select(means, n_layers, Thresholds(), null).index
+    return select(means, n_layers, found.config.thresholds, null).index, scores
 
 
-def naive_vision(found: Extraction) -> int:
+def naive_vision(found: Extraction) -> tuple[int, dict[str, Tensor]]:
     """Likewise for images with text: KL first, 15 survivors."""
     inputs = {name: [found.chat.inputs(prompt) for prompt in getattr(found.prompts, name)] for name in found.kept}
     harmful, harmless = (inputs[f"{kind}_train"] + inputs[f"{kind}_val"] for kind in ("harmful", "harmless"))
     case: Any = VisionCase(found.chat.model, harmful, harmless, len(found.prompts.harmful_train))
-    selected: int = vision.Naive(case, found.tokens, Thresholds()).run()["selected"]
-    return selected
+    result = vision.Naive(case, found.tokens, found.config.thresholds).run()
+    return result["selected"], {name: result[name].mean(1) for name in ("ablation", "steering", "kl")}
 
 
 def account(found: Extraction) -> str:
@@ -158,7 +159,7 @@ def main() -> None:
         show(runs[-1], account(found))
     if "naive" not in options.skip and found is not None:
         with timed("naive", runs):
-            selected = (naive_vision if options.vlm else naive)(found)
+            selected, _ = (naive_vision if options.vlm else naive)(found)
         runs[-1].selected = selected
         show(runs[-1])
     print(f"same selection: {len({run.selected for run in runs}) == 1}")

@@ -182,7 +182,8 @@ class Naive:
                 handle.remove()
 
     def mean_activations(self, some: Prompts) -> Tensor:
-        total = torch.zeros(POSITIONS, len(self.layers), self.model.config.text_config.hidden_size, dtype=torch.float64)
+        shape = (POSITIONS, len(self.layers), self.model.config.text_config.hidden_size)
+        total = torch.zeros(shape, dtype=torch.float64, device=self.model.device)
 
         def adding(index: int) -> Callable[..., None]:
             def add(module: Any, args: Any) -> None:
@@ -205,7 +206,7 @@ class Naive:
             self.setting.harmless[:n_train]
         )
         r, n_layers = means.flatten(0, 1), len(self.layers)
-        u = unit(r).float()
+        u, added = unit(r).to(self.model.dtype), r.to(self.model.dtype)
         nothing = torch.full((len(r), len(harmless)), torch.nan, dtype=torch.float64)
         kl, ablation, steering = nothing.clone(), nothing.clone(), nothing.clone()
 
@@ -219,7 +220,7 @@ class Naive:
         for index in finalists:
             with ablated(index):
                 ablation[index] = refusal_score(self.last_logits(harmful), self.tokens)
-            with self.hooked(lambda x, i=index: x + r[i].float(), [self.layers[index % n_layers]], outputs=False):
+            with self.hooked(lambda x, i=index: x + added[i], [self.layers[index % n_layers]], outputs=False):
                 steering[index] = refusal_score(self.last_logits(harmless), self.tokens)
         chosen = select_survivor(
             _means(ablation, steering, kl, n_layers),
