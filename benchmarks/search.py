@@ -1,11 +1,11 @@
-"""Exhaustive and pruned search against the naive way, side by side in one process, on a trained model made wide.
+"""Exhaustive and pruned search against the naive way, one after the other in one run, on a trained model made wide.
 
     python benchmarks/search.py [--model demo] [--times 7] [--n_val 32] [--skip naive]
     python benchmarks/search.py --vlm
 
 Random weights have no structure to prune, so the model is the demo's (or any trained Gemma), the same function with a decoder
 of 7 times as many channels, heads and hidden units (wide.py). Prompts are those of the demo; with --data_dir, the published
-ones. All ways must select the same direction.
+ones. All ways must select the same direction. Each runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import vision
+from apart import apart
 from scoring import Naive
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -28,7 +27,9 @@ from wide import widened
 
 from refusal_direction import ChatModel, extract, load_chat_model
 from refusal_direction.config import DEMO_MODEL, VISION_CONFIG, Config, ModelSource, PromptSource
+from refusal_direction.directions import NULL_NORM
 from refusal_direction.models.loading import load
+from refusal_direction.models.refusal_tokens import RefusalTokens
 from refusal_direction.pipeline import Extraction
 from refusal_direction.prompts import PromptSets, gather
 from refusal_direction.scoring import Measure
@@ -45,44 +46,77 @@ class VisionCase:
     n_train: int
 
 
-@dataclass
+@dataclass(frozen=True)
+class Known:
+    """What the naive way is told, so that it chooses among the same candidates on the same prompts."""
+
+    kept: dict[str, list[int]]
+    """For each set, the prompts that the filter left."""
+    tokens: RefusalTokens
+    null: list[int]
+    """Candidates of length zero."""
+    n_layers: int
+
+    @classmethod
+    def of(cls, found: Extraction) -> Known:
+        vectors = found.candidates.flatten(0, 1)
+        null = [index for index, vector in enumerate(vectors) if vector.norm() <= NULL_NORM]
+        return cls(found.kept, found.tokens, null, found.candidates.shape[1])
+
+
+@dataclass(frozen=True)
 class Run:
-    """What one way took."""
+    """What one way took, and found."""
 
     name: str
     seconds: float
     processor: float
     """Time that processors worked for it: the same on a busy machine, where the clock's is not."""
-    selected: int = -1
+    selected: int
+    account: str = ""
+    known: Known | None = None
 
 
-@contextmanager
-def timed(name: str, runs: list[Run]) -> Iterator[None]:
+def measured(name: str, options: argparse.Namespace, known: Known | None) -> Run:
+    """Run one way. Only the naive one is told something."""
+    chat, sets, config = setting(options)
     begin, worked = time.perf_counter(), time.process_time()
-    yield
-    runs.append(Run(name, time.perf_counter() - begin, time.process_time() - worked))
+    if known is None:
+        found = extract(chat, replace(config, search=name), prompts=sets)
+        selected, said, known = found.selection.index, account(found), Known.of(found)
+    else:
+        way = naive_vision if options.vlm else naive
+        selected, said = way(chat, sets, config, known)[0], ""
+    return Run(name, time.perf_counter() - begin, time.process_time() - worked, selected, said, known)
 
 
-def show(run: Run, account: str = "") -> None:
-    print(f"{run.name:10s} {run.seconds:7.1f} s, of processors {run.processor:7.1f} s   {account}", flush=True)
+def show(run: Run) -> None:
+    print(f"{run.name:10s} {run.seconds:7.1f} s, of processors {run.processor:7.1f} s   {run.account}", flush=True)
 
 
-def setting(options: argparse.Namespace) -> tuple[ChatModel, PromptSets, Config]:
+def loaded(options: argparse.Namespace) -> tuple[ChatModel, PromptSets, Config]:
+    """The small model, before it is made wide."""
     sizes = PromptSource(n_train=options.n_train, n_val=options.n_val)
     if options.vlm:
         config = replace(VISION_CONFIG, model=ModelSource(DEMO_MODEL), prompts=sizes, batch_size=None, skip_filter=True)
-        chat = load(config)
-    else:
-        source = sizes if options.data_dir is None else replace(sizes, data_dir=options.data_dir)
-        config = Config(model=ModelSource(DEMO_MODEL if options.data_dir is None else options.model), prompts=source)
-        chat = load_chat_model(options.model)
-    sets = gather(config)
+        return load(config), gather(config), config
+    source = sizes if options.data_dir is None else replace(sizes, data_dir=options.data_dir)
+    config = Config(model=ModelSource(DEMO_MODEL if options.data_dir is None else options.model), prompts=source)
+    return load_chat_model(options.model), gather(config), config
+
+
+def setting(options: argparse.Namespace) -> tuple[ChatModel, PromptSets, Config]:
+    small, sets, config = loaded(options)
     more = {"tower": 11, "words": 8} if options.vlm else {"words": 4}
-    wide = replace(chat, model=widened(chat.model, times=options.times, **more))
-    print(proportions(wide, sets), flush=True)
-    before, after = (one.complete(list(sets.harmful_val[:4]), 8) for one in (chat, wide))
-    print(f"{wide.model.num_parameters() / 1e6:.0f}M parameters; completions unchanged: {before == after}", flush=True)
-    return wide, sets, config
+    return replace(small, model=widened(small.model, times=options.times, **more)), sets, config
+
+
+def describe(options: argparse.Namespace) -> str:
+    """What the model is, and whether it says what the small one says."""
+    (small, sets, _), (wide, _, _) = loaded(options), setting(options)
+    before, after = (chat.complete(list(sets.harmful_val[:4]), 8) for chat in (small, wide))
+    size = wide.model.num_parameters() / 1e6
+    return f"{proportions(wide, sets)}\n{size:.0f}M parameters; completions unchanged: {before == after}"
 
 
 def proportions(chat: ChatModel, sets: PromptSets) -> str:
@@ -103,24 +137,22 @@ def proportions(chat: ChatModel, sets: PromptSets) -> str:
     return f"{said} (PaliGemma 2 3B: 29%), the vision tower {share:.0%} (20%)"
 
 
-def naive(found: Extraction) -> tuple[int, dict[str, Tensor]]:
+def naive(chat: ChatModel, sets: PromptSets, config: Config, known: Known) -> tuple[int, dict[str, Tensor]]:
     """The candidate that the published loop selects, on the prompts that the filter kept, and mean scores of all."""
-    chat, everything = found.chat, found.prompts.everything
-    sets = PromptSets(**{name: tuple(everything[place] for place in members) for name, members in found.kept.items()})
-    scores = {name: values.mean(1) for name, values in Naive(chat, sets).run().items()}
-    n_layers = found.candidates.shape[1]
+    everything = sets.everything
+    kept = PromptSets(**{name: tuple(everything[place] for place in members) for name, members in known.kept.items()})
+    scores = {name: values.mean(1) for name, values in Naive(chat, kept).run().items()}
     columns = zip(*(scores[name].tolist() for name in ("ablation", "steering", "kl")), strict=True)
-    means = [CandidateScore(0, index % n_layers, *values) for index, values in enumerate(columns)]
-    null = [index for index, vector in enumerate(found.candidates.flatten(0, 1)) if vector.norm() <= 1e-12]
-    return select(means, n_layers, found.config.thresholds, null).index, scores
+    means = [CandidateScore(0, index % known.n_layers, *values) for index, values in enumerate(columns)]
+    return select(means, known.n_layers, config.thresholds, known.null).index, scores
 
 
-def naive_vision(found: Extraction) -> tuple[int, dict[str, Tensor]]:
+def naive_vision(chat: ChatModel, sets: PromptSets, config: Config, known: Known) -> tuple[int, dict[str, Tensor]]:
     """Likewise for images with text: KL first, 15 survivors."""
-    inputs = {name: [found.chat.inputs(prompt) for prompt in getattr(found.prompts, name)] for name in found.kept}
+    inputs = {name: [chat.inputs(prompt) for prompt in getattr(sets, name)] for name in known.kept}
     harmful, harmless = (inputs[f"{kind}_train"] + inputs[f"{kind}_val"] for kind in ("harmful", "harmless"))
-    case: Any = VisionCase(found.chat.model, harmful, harmless, len(found.prompts.harmful_train))
-    result = vision.Naive(case, found.tokens, found.config.thresholds).run()
+    case: Any = VisionCase(chat.model, harmful, harmless, len(sets.harmful_train))
+    result = vision.Naive(case, known.tokens, config.thresholds).run()
     return result["selected"], {name: result[name].mean(1) for name in ("ablation", "steering", "kl")}
 
 
@@ -149,19 +181,17 @@ def main() -> None:
     arguments.add_argument("--n_val", type=int, default=32)
     arguments.add_argument("--skip", nargs="*", default=(), choices=("naive", "exhaustive"))
     options = arguments.parse_args()
-    chat, sets, config = setting(options)
+    print(apart(describe, options), flush=True)
+    exhaustive = (VISION_CONFIG if options.vlm else Config()).rules.searches[0]
     runs: list[Run] = []
-    found: Extraction | None = None
-    for search in ("pruned", config.rules.searches[0])[: 1 if "exhaustive" in options.skip else 2]:
-        with timed(search, runs):
-            found = extract(chat, replace(config, search=search), prompts=sets)
-        runs[-1].selected = found.selection.index
-        show(runs[-1], account(found))
-    if "naive" not in options.skip and found is not None:
-        with timed("naive", runs):
-            selected, _ = (naive_vision if options.vlm else naive)(found)
-        runs[-1].selected = selected
-        show(runs[-1])
+    for name, skipped in (
+        ("pruned", False),
+        (exhaustive, "exhaustive" in options.skip),
+        ("naive", "naive" in options.skip),
+    ):
+        if not skipped:
+            runs.append(apart(measured, name, options, runs[0].known if name == "naive" else None))
+            show(runs[-1])
     print(f"same selection: {len({run.selected for run in runs}) == 1}")
     for run in runs[1:]:
         clock, processor = run.seconds / runs[0].seconds, run.processor / runs[0].processor

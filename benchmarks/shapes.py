@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 from scoring import matrix_rates, products, prompt_sets, tokenizer_for
-from search import Run, naive, naive_vision, timed
+from search import Known, naive, naive_vision
 from torch import Tensor
 from transformers import (
     Gemma2Config,
@@ -123,34 +124,36 @@ def setting(options: argparse.Namespace) -> tuple[ChatModel, PromptSets, Config]
     return replace(demo, model=model), gather(config), config
 
 
-@dataclass
+@dataclass(frozen=True)
 class Result:
     """What one way gave and took."""
 
-    run: Run
+    name: str
+    seconds: float
     flops: float
     memory: int
+    selected: int
     scores: dict[str, Tensor]
 
 
 def measured(name: str, chat: ChatModel, way: Callable[[], tuple[int, dict[str, Tensor]]]) -> Result:
-    runs: list[Run] = []
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    with products(chat.model) as flops, timed(name, runs):
+    begin = time.perf_counter()
+    with products(chat.model) as flops:
         selected, scores = way()
+    seconds = time.perf_counter() - begin
     memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    runs[0].selected = selected
-    return Result(runs[0], float(sum(flops)), memory, scores)
+    return Result(name, seconds, float(sum(flops)), memory, selected, scores)
 
 
 def show(result: Result, rate: float) -> None:
-    run, reached = result.run, result.flops / result.run.seconds
+    reached = result.flops / result.seconds
     memory = f"peak {result.memory / 2**30:5.1f} GiB   " if result.memory else ""
     print(
-        f"{run.name:10s} {run.seconds:8.1f} s   {memory}{result.flops / 1e12:8.1f} TFLOP: {reached / 1e12:6.2f} TFLOP/s, "
-        f"{reached / rate:.0%} of a plain product   selects {run.selected}",
+        f"{result.name:10s} {result.seconds:8.1f} s   {memory}{result.flops / 1e12:8.1f} TFLOP: {reached / 1e12:6.2f} TFLOP/s, "
+        f"{reached / rate:.0%} of a plain product   selects {result.selected}",
         flush=True,
     )
 
@@ -194,14 +197,13 @@ def main() -> None:
         results.append(measured(search, chat, ours(search)))
         show(results[-1], rate)
     if "naive" not in options.skip and found is not None:
-        found_last = found
-        plain = naive_vision if isinstance(chat.model, PaliGemmaForConditionalGeneration) else naive
-        results.append(measured("naive", chat, lambda: plain(found_last)))
+        plain, known = naive if options.shape == "gemma-7b" else naive_vision, Known.of(found)
+        results.append(measured("naive", chat, lambda: plain(chat, sets, config, known)))
         show(results[-1], rate)
         off = differences(results[-2].scores, results[-1].scores)
-        print(f"largest difference of a mean score between {results[-2].run.name} and naive: {json.dumps(off)}")
+        print(f"largest difference of a mean score between {results[-2].name} and naive: {json.dumps(off)}")
     for result in results[:-1]:
-        print(f"ratio {results[-1].run.name} / {result.run.name}: {results[-1].run.seconds / result.run.seconds:.1f}")
+        print(f"ratio {results[-1].name} / {result.name}: {results[-1].seconds / result.seconds:.1f}")
     device = torch.cuda.get_device_name() if like.is_cuda else "CPU"
     about = {"parameters": chat.model.num_parameters(), "device": device, "dtype": options.dtype}
     print(json.dumps({**about, "plain product, TFLOP/s": round(rate / 1e12, 2), "torch": torch.__version__}))

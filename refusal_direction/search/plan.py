@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Hints", "first_round", "next_round"]
 
 _DOUBT = 0.5  # of an estimate from one prompt, in units of the refusal score
+_HARDLY = 0.75  # of the prompts: what takes more is hardly ever the cheapest way to drop a candidate
 _KL_DOUBT = 4  # prompts without any KL that are added to those measured: it varies by orders of magnitude
 
 
@@ -44,11 +45,14 @@ def first_round(table: Table, conditions: Conditions, judgement: Judgement, hint
     """A prompt of each measure for every candidate; the ablation score of the most promising in full.
 
     Where only the `top_k` of lowest KL are considered, and there are many more, the KL decides more: an eighth of the prompts.
+    Where nearly any steering score is enough, few candidates will be dropped by it: no prompt.
     """
     forecasts = _forecasts(table, hints)
     tried = dict.fromkeys(Measure, 1)
     if int(judgement.fitting.sum()) > 2 * conditions.top_k:
         tried[Measure.KL] = ceil(len(table.floors[Measure.KL]) / 8)
+    if _least_share(table.floors[Measure.STEERING], -conditions.steering) > _HARDLY:
+        tried[Measure.STEERING] = 0
     open_ = set(judgement.open)
     leader = next(candidate for candidate in hints.candidates if candidate in open_)
     cells = [
@@ -58,6 +62,12 @@ def first_round(table: Table, conditions: Conditions, judgement: Judgement, hint
         for cell in forecast.rest(candidate)[: tried[measure]]
     ]
     return list(dict.fromkeys([*cells, *forecasts[Measure.ABLATION].rest(leader)]))
+
+
+def _least_share(floors: Float[Tensor, "prompt"], limit: float) -> float:
+    """Of the prompts, so many at least must be measured to drop a candidate by costs that reach from floor to minus floor."""
+    floor = float(floors.mean())
+    return (limit - floor) / (-2 * floor) if floor < 0 else 1.0
 
 
 def next_round(table: Table, conditions: Conditions, judgement: Judgement, hints: Hints) -> list[Cell]:
