@@ -33,9 +33,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from refusal_direction import ChatModel, extract
+from refusal_direction import ChatModel, extract, load_vision_model
 from refusal_direction.config import DEMO_MODEL, VISION_CONFIG, Config, ModelSource, PromptSource, Thresholds
-from refusal_direction.models.loading import load_vision_model
 from refusal_direction.pipeline import Extraction
 from refusal_direction.prompts import PromptSets, gather
 from refusal_direction.scoring import Measure

@@ -1,10 +1,11 @@
 """Find the direction in the residual stream that carries refusal in open-weights chat models (Arditi et al., 2024).
 
-    extract          model and prompts -> direction, scores, proof
-    ablated          context in which a model runs with a direction removed from its residual stream
-    steered          context in which a model runs with a direction added
-    load_chat_model  weights, tokenizer and template of a chat model
-    load_direction   what an earlier run found
+    extract            model and prompts -> direction, scores, proof
+    ablated            context in which a model runs with a direction removed from its residual stream
+    steered            context in which a model runs with a direction added
+    load_chat_model    weights, tokenizer and template of a chat model
+    load_vision_model  weights and processor of a vision-language model
+    load_direction     what an earlier run found
 
 Importing the package is cheap: torch is loaded when one of these is first used.
 """
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from refusal_direction.engine.interventions import ablated, steered
     from refusal_direction.errors import RefusalDirectionError
     from refusal_direction.models.chat import ChatModel
-    from refusal_direction.models.loading import load_chat_model
+    from refusal_direction.models.loading import load_chat_model, load_vision_model
     from refusal_direction.pipeline import Direction, Extraction, extract
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "extract",
     "load_chat_model",
     "load_direction",
+    "load_vision_model",
     "steered",
 ]
 
@@ -43,6 +45,7 @@ _HOMES = {
     "extract": "pipeline",
     "load_chat_model": "models.loading",
     "load_direction": "artifacts",
+    "load_vision_model": "models.loading",
     "steered": "engine.interventions",
 }
 
