@@ -80,11 +80,11 @@ class Budget:
             )
         most = _CACHED_TOKENS if device.type == "cpu" else _DEVICE_TOKENS
         self._tokens = min(most, max(1, int(0.2 * memory) // a_token))
-        if device.type == "cpu":
-            keep_freed(self._tokens * a_token)
         self._logit_rows = max(1, min(1024, min(_LOGIT_BYTES, int(0.2 * memory)) // a_row_of_logits))
         most_hidden = memory // 3 if is_offloaded(self._model) else min(memory // 4, _HIDDEN_BYTES)
         self.hidden_bytes = most_hidden if self._memory is None else memory // 2
+        if device.type == "cpu":
+            keep_freed(self._tokens * a_token)
 
     def rows(self, length: int) -> int:
         """How many rows of `length` tokens go through a layer at once."""

@@ -118,8 +118,8 @@ def _record(layer: nn.Module, run: Callable[[Tensor], Tensor], hidden: Tensor) -
     def copied(part: Tensor) -> Tensor:
         return part.detach().clone().view(hidden.shape)
 
-    def something(part: Any) -> Any:
-        """In its place, if it is nothing: a write that this layer does not use, but another of its kind may."""
+    def made_visible(part: Any) -> Any:
+        """Noise in the place of zeros: a write that this layer does not use, but another of its kind may."""
         if not like_the_stream(part) or part.any():
             return part
         return torch.randn(part.shape, generator=generator).to(part) * hidden.std()
@@ -127,7 +127,7 @@ def _record(layer: nn.Module, run: Callable[[Tensor], Tensor], hidden: Tensor) -
     def keep(name: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             given = copied(args[0]) if args and like_the_stream(args[0]) else None
-            parts = tuple(map(something, output if isinstance(output, tuple) else (output,)))
+            parts = tuple(map(made_visible, output if isinstance(output, tuple) else (output,)))
             for element, part in enumerate(parts):
                 if like_the_stream(part):
                     site = WriteSite(name, element if isinstance(output, tuple) else None)

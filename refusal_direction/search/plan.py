@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Hints", "first_round", "next_round"]
 
 _DOUBT = 0.5  # of an estimate from one prompt, in units of the refusal score
-_HARDLY = 0.75  # of the prompts: what takes more is hardly ever the cheapest way to drop a candidate
+_RARELY_CHEAPEST = 0.75  # of the prompts: a way to drop candidates that takes more is rarely the cheapest one
 _KL_DOUBT = 4  # prompts without any KL that are added to those measured: it varies by orders of magnitude
 
 
@@ -51,7 +51,7 @@ def first_round(table: Table, conditions: Conditions, judgement: Judgement, hint
     tried = dict.fromkeys(Measure, 1)
     if int(judgement.fitting.sum()) > 2 * conditions.top_k:
         tried[Measure.KL] = ceil(len(table.floors[Measure.KL]) / 8)
-    if _least_share(table.floors[Measure.STEERING], -conditions.steering) > _HARDLY:
+    if _least_share(table.floors[Measure.STEERING], -conditions.steering) > _RARELY_CHEAPEST:
         tried[Measure.STEERING] = 0
     open_ = set(judgement.open)
     leader = next(candidate for candidate in hints.candidates if candidate in open_)
