@@ -13,6 +13,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 from transformers import PreTrainedModel
 
+from refusal_direction.engine.products import blocked_bytes
 from refusal_direction.engine.residency import execution_device, is_offloaded
 from refusal_direction.errors import ConfigurationError, OutOfMemoryError
 from refusal_direction.memory import keep_freed
@@ -57,10 +58,13 @@ class Budget:
     ) -> None:
         self._model, self._memory, self._batch_size, self.kept = model, memory, batch_size, kept
         self._widest = max(_width(module) for layer in layers for module in layer.modules())
+        self._layer_blocks = max(map(blocked_bytes, layers))
         self._vocab = model.config.get_text_config().vocab_size
         self._shrunk = 1.0
         self.hidden_bytes = 0
         """What the hidden states of all rows under way may take."""
+        self.blocks = False
+        """Whether there is room for the weights of a layer in blocks (`BlockedWeights`)."""
         self.reserve(0)
 
     def reserve(self, held: int) -> None:
@@ -78,6 +82,8 @@ class Budget:
                 f"--memory_budget {self._memory / 2**20:.0f}MiB is too little for this model and these prompts: they need "
                 f"{-(-(held + least) // 2**20)}MiB. Raise it, or take fewer prompts (--n_train, --n_val)."
             )
+        self.blocks = device.type == "cpu" and self._layer_blocks <= memory // 8
+        memory -= self.blocks * self._layer_blocks
         most = _CACHED_TOKENS if device.type == "cpu" else _DEVICE_TOKENS
         self._tokens = min(most, max(1, int(0.2 * memory) // a_token))
         self._logit_rows = max(1, min(1024, min(_LOGIT_BYTES, int(0.2 * memory)) // a_row_of_logits))

@@ -20,6 +20,7 @@ from refusal_direction.engine.arguments import batch_axes, concatenate, take_row
 from refusal_direction.engine.budget import Budget, halving, must_fit
 from refusal_direction.engine.interventions import ResidualStream
 from refusal_direction.engine.prefix import find_prefix
+from refusal_direction.engine.products import BlockedWeights
 from refusal_direction.engine.residency import resident
 from refusal_direction.engine.rows import Candidates, Kind, Lane, Row, Tables, lay_out
 from refusal_direction.engine.skeleton import LayerCall, Prelude, first, replaced_forwards
@@ -225,22 +226,26 @@ class LayerMajor:
 
     def _step(self, lanes: list[Lane], lead: Lane | None, observe: Observe | None, tick: Tick) -> Callable[[int], None]:
         def step(index: int) -> None:
-            if lead is not None and self._prefix is not None:
-                with must_fit():
-                    lead.enter(index, self._groups[lead.group].prelude.hidden, self.budget.rows(self.shared))
-                self._advance(lead, index, lambda done: None)
-                self._prefix.hand_over()
-            for lane in lanes:
-                prelude = self._groups[lane.group].prelude
-                self._add_change(lane, index, prelude.calls[index].change)
-                with must_fit():
-                    lane.enter(index, prelude.hidden, self.budget.rows(prelude.hidden.shape[1]))
-                if observe is not None:
-                    baseline = [row for row in lane.rows[: lane.n_baseline] if row is not None]
-                    observe(index, baseline, lane.hidden[: len(baseline)])
-                self._advance(lane, index, tick)
+            with BlockedWeights() if self.budget.blocks else nullcontext():
+                if lead is not None and self._prefix is not None:
+                    with must_fit():
+                        lead.enter(index, self._groups[lead.group].prelude.hidden, self.budget.rows(self.shared))
+                    self._advance(lead, index, lambda done: None)
+                    self._prefix.hand_over()
+                for lane in lanes:
+                    self._through_layer(lane, index, observe, tick)
 
         return step
+
+    def _through_layer(self, lane: Lane, index: int, observe: Observe | None, tick: Tick) -> None:
+        prelude = self._groups[lane.group].prelude
+        self._add_change(lane, index, prelude.calls[index].change)
+        with must_fit():
+            lane.enter(index, prelude.hidden, self.budget.rows(prelude.hidden.shape[1]))
+        if observe is not None:
+            baseline = [row for row in lane.rows[: lane.n_baseline] if row is not None]
+            observe(index, baseline, lane.hidden[: len(baseline)])
+        self._advance(lane, index, tick)
 
     def _add_change(self, lane: Lane, index: int, change: Tensor | None) -> None:
         if change is None:
