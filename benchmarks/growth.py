@@ -43,7 +43,7 @@ def case(prompts: int, candidates: int, layers: int) -> tuple[Engine, Candidates
     opening = torch.tensor([[2, 3, 4, 5]])
     ids = [torch.cat([opening, torch.randint(9, 2000, (1, 24), generator=generator)], 1) for _ in range(2 * prompts)]
     inputs = [{"input_ids": one, "attention_mask": torch.ones_like(one)} for one in ids]
-    engine = Engine(ResidualStream(gemma(layers)), inputs, observed=5)
+    engine = Engine(ResidualStream(gemma(layers)), inputs, observed_tokens=5)
     engine.baseline(lambda rows, logits: None, lambda layer, rows, hidden: None)
     vectors = torch.randn(candidates, 256, generator=generator)
     return engine, Candidates(vectors, tuple(index % layers for index in range(candidates)))

@@ -8,7 +8,6 @@ A random Gemma as in scoring.py on many long prompts, so that every budget is to
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import psutil
 import torch
@@ -16,11 +15,11 @@ from accelerate.utils.modeling import convert_file_size_to_int
 from apart import apart
 from scoring import random_gemma
 
-from refusal_direction.engine import Candidates, Engine
+from refusal_direction.engine import Engine
 from refusal_direction.engine.interventions import ResidualStream
 from refusal_direction.memory import peak_bytes
 from refusal_direction.models.refusal_tokens import RefusalTokens
-from refusal_direction.scoring import intervention_rows, kept_bytes, measure_baseline, score_candidates
+from refusal_direction.scoring import Setting, baseline_bytes, intervention_rows, measure_baseline, score_candidates
 
 N_POSITIONS = 5
 
@@ -33,16 +32,17 @@ def _run(budget: int | None, options: argparse.Namespace) -> tuple[int, int, int
     ids = [torch.randint(3, 8000, (1, options.tokens + i % 8), generator=generator) for i in range(2 * options.n_val)]
     inputs = [{"input_ids": one, "attention_mask": torch.ones_like(one)} for one in ids]
     harmful, harmless = list(range(options.n_val)), list(range(options.n_val, 2 * options.n_val))
-    kept = kept_bytes(stream, observed=len(inputs), n_positions=N_POSITIONS, kept=options.n_val)
+    reserved = baseline_bytes(stream, n_activations=len(inputs), n_positions=N_POSITIONS, n_logits=options.n_val)
     before = psutil.Process().memory_info().rss
-    engine = Engine(stream, inputs, memory=budget, kept=kept, observed=N_POSITIONS)
+    engine = Engine(stream, inputs, memory=budget, reserved_bytes=reserved, observed_tokens=N_POSITIONS)
     tokens = RefusalTokens((7,), ("a",), "a benchmark")
-    baseline = measure_baseline(engine, tokens, N_POSITIONS, observed=range(len(inputs)), kept=harmless)
-    vectors = torch.randn(2 * options.layers, stream.skeleton.d_model, generator=generator)
-    candidates = Candidates(vectors, tuple(range(options.layers)) * 2)
-    rows = intervention_rows(candidates, harmful=harmful, harmless=harmless)
-    chunks = len(list(engine.budget.chunks(rows, engine.row_bytes(rows))))
-    score_candidates(engine, tokens, candidates, rows, baseline, {"harmful_val": harmful, "harmless_val": harmless})
+    baseline = measure_baseline(engine, tokens, N_POSITIONS, activations_of=range(len(inputs)), logits_of=harmless)
+    candidates = torch.randn(2, options.layers, stream.skeleton.d_model, generator=generator)
+    kept = {"harmful_val": harmful, "harmless_val": harmless}
+    setting = Setting(engine, tokens, candidates, baseline, kept)
+    rows = intervention_rows(setting.flat, **setting.validation)
+    chunks = len(list(engine.parts(rows)))
+    score_candidates(setting, setting.flat, rows=rows)
     return peak_bytes(torch.device("cpu")) - before, chunks, sum(engine.row_bytes(rows))
 
 
@@ -52,7 +52,6 @@ def main() -> None:
     arguments.add_argument("--layers", type=int, default=2)
     arguments.add_argument("--tokens", type=int, default=100)
     arguments.add_argument("--n_val", type=int, default=128)
-    arguments.add_argument("--data_dir", type=Path, default=Path("data"))
     options = arguments.parse_args()
     print("budget        peak beside the model   of the budget   passes   hidden states of all rows")
     for name in options.budgets:

@@ -31,14 +31,14 @@ from transformers import AutoTokenizer, GemmaConfig, GemmaForCausalLM, PreTraine
 from refusal_direction import demo
 from refusal_direction.config import DEMO_MODEL, Config, ModelSource, PromptSource
 from refusal_direction.directions import mean_difference, unit
-from refusal_direction.engine import Candidates, Engine
+from refusal_direction.engine import Engine
 from refusal_direction.engine.interventions import ResidualStream
 from refusal_direction.memory import peak_bytes
 from refusal_direction.metrics import kl_divergence, refusal_score
 from refusal_direction.models.chat import ChatModel
 from refusal_direction.models.refusal_tokens import chosen
 from refusal_direction.prompts import PromptSets, gather
-from refusal_direction.scoring import intervention_rows, measure_baseline, score_candidates
+from refusal_direction.scoring import Setting, intervention_rows, measure_baseline, score_candidates
 
 BATCH = 32
 VOCABULARY = 8192
@@ -88,14 +88,15 @@ def prompt_sets(options: argparse.Namespace) -> PromptSets:
 def ours(chat: ChatModel, sets: PromptSets) -> dict[str, Tensor]:
     tokens, indices = chosen(chat, ("I",)), sets.indices()
     inputs = [chat.inputs(prompt) for prompt in sets.everything]
-    engine = Engine(ResidualStream(chat.model), inputs, observed=chat.n_positions)
+    engine = Engine(ResidualStream(chat.model), inputs, observed_tokens=chat.n_positions)
     train = indices["harmful_train"] + indices["harmless_train"]
-    baseline = measure_baseline(engine, tokens, len(chat.eoi_tokens), observed=train, kept=indices["harmless_val"])
+    baseline = measure_baseline(
+        engine, tokens, chat.n_positions, activations_of=train, logits_of=indices["harmless_val"]
+    )
     n_train = len(sets.harmful_train)
     means = mean_difference(baseline.activations[:n_train], baseline.activations[n_train:])
-    candidates = Candidates(means.flatten(0, 1), tuple(range(means.shape[1])) * means.shape[0])
-    rows = intervention_rows(candidates, harmful=indices["harmful_val"], harmless=indices["harmless_val"])
-    scores = score_candidates(engine, tokens, candidates, rows, baseline, indices)
+    setting = Setting(engine, tokens, means, baseline, indices)
+    scores = score_candidates(setting, setting.flat, rows=intervention_rows(setting.flat, **setting.validation))
     return {"ablation": scores.ablation, "steering": scores.steering, "kl": scores.kl}
 
 
@@ -211,7 +212,7 @@ def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Run one of the two. The machine is shared, so what it sustains before and after is told beside its best."""
     rates = matrix_rates()
     if options.vlm:
-        case = vision.Setting(options.layers, options.n_train, options.n_val)
+        case = vision.Case(options.layers, options.n_train, options.n_val)
         model, layers = case.model, case.model.model.language_model.layers
         run = partial(vision.ours, case) if name == "ours" else vision.Naive(case).run
     else:

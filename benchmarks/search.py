@@ -28,11 +28,11 @@ from wide import widened
 from refusal_direction import ChatModel, extract, load_chat_model
 from refusal_direction.config import DEMO_MODEL, VISION_CONFIG, Config, ModelSource, PromptSource
 from refusal_direction.directions import NULL_NORM
+from refusal_direction.metrics import Measure
 from refusal_direction.models.loading import load
 from refusal_direction.models.refusal_tokens import RefusalTokens
 from refusal_direction.pipeline import Extraction
 from refusal_direction.prompts import PromptSets, gather
-from refusal_direction.scoring import Measure
 from refusal_direction.selection import CandidateScore, select
 
 
@@ -165,7 +165,7 @@ def account(found: Extraction) -> str:
         {
             "prompt evaluations": choice.evaluations,
             "times layers": n_layers * choice.evaluations - skipped,
-            "sweeps": choice.sweeps,
+            "sweeps": choice.n_sweeps,
             "seconds": {stage: round(seconds, 1) for stage, seconds in found.seconds.items()},
         }
     )

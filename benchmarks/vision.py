@@ -18,11 +18,11 @@ from transformers import Gemma2Config, PaliGemmaConfig, PaliGemmaForConditionalG
 
 from refusal_direction.config import VISION, Thresholds
 from refusal_direction.directions import mean_difference, unit
-from refusal_direction.engine import Candidates, Engine
+from refusal_direction.engine import Engine
 from refusal_direction.engine.interventions import ResidualStream
-from refusal_direction.metrics import kl_divergence, refusal_score
+from refusal_direction.metrics import Measure, kl_divergence, refusal_score
 from refusal_direction.models.refusal_tokens import RefusalTokens
-from refusal_direction.scoring import ALL, Measure, intervention_rows, measure_baseline, score_candidates
+from refusal_direction.scoring import ALL, Setting, intervention_rows, measure_baseline, score_candidates
 from refusal_direction.selection import CandidateScore, select_survivor, survivors
 
 POSITIONS = 3
@@ -79,7 +79,7 @@ def prompts(count: int, kind: int) -> Prompts:
     return made
 
 
-class Setting:
+class Case:
     """The model, and prompts in the order harmful_train, harmless_train, harmful_val, harmless_val."""
 
     def __init__(self, n_layers: int, n_train: int, n_val: int) -> None:
@@ -88,10 +88,10 @@ class Setting:
         self.n_train, self.n_val = n_train, n_val
 
 
-def ours(setting: Setting) -> dict[str, Any]:
-    n_train, n_val = setting.n_train, setting.n_val
+def ours(case: Case) -> dict[str, Any]:
+    n_train, n_val = case.n_train, case.n_val
     everything = [
-        *setting.harmful[:n_train], *setting.harmless[:n_train], *setting.harmful[n_train:], *setting.harmless[n_train:]
+        *case.harmful[:n_train], *case.harmless[:n_train], *case.harmful[n_train:], *case.harmless[n_train:]
     ]  # fmt: skip
     kept = {
         "harmful_val": list(range(2 * n_train, 2 * n_train + n_val)),
@@ -105,18 +105,18 @@ def ours(setting: Setting) -> dict[str, Any]:
         seconds[name] = time.perf_counter() - begin
         begin = time.perf_counter()
 
-    engine = Engine(ResidualStream(setting.model), everything)
+    engine = Engine(ResidualStream(case.model), everything)
     lap("vision tower and embedding merge, once a prompt")
-    baseline = measure_baseline(engine, REFUSAL, POSITIONS, observed=range(2 * n_train), kept=kept["harmless_val"])
+    baseline = measure_baseline(
+        engine, REFUSAL, POSITIONS, activations_of=range(2 * n_train), logits_of=kept["harmless_val"]
+    )
     means = mean_difference(baseline.activations[:n_train], baseline.activations[n_train:])
-    flat = Candidates(means.flatten(0, 1), tuple(range(means.shape[1])) * POSITIONS)
+    setting = Setting(engine, REFUSAL, means, baseline, kept)
     lap("sweep 1, baseline")
 
     def scored(measures: frozenset[Measure], among: list[int] | None) -> Any:
-        rows = intervention_rows(
-            flat, harmful=kept["harmful_val"], harmless=kept["harmless_val"], measures=measures, among=among
-        )
-        return score_candidates(engine, REFUSAL, flat, rows, baseline, kept)
+        rows = intervention_rows(setting.flat, **setting.validation, measures=measures, among=among)
+        return score_candidates(setting, setting.flat, rows=rows)
 
     scores = scored(frozenset({Measure.KL}), None)
     lap("sweep 2, KL of every candidate")
@@ -149,10 +149,10 @@ def _means(ablation: Tensor, steering: Tensor, kl: Tensor, n_layers: int) -> lis
 class Naive:
     """The published loop: tower and logits of all positions for every candidate; KL first, 15 survivors."""
 
-    def __init__(self, setting: Setting, tokens: RefusalTokens = REFUSAL, thresholds: Thresholds = WHOLE) -> None:
-        self.setting, self.model = setting, setting.model
+    def __init__(self, case: Case, tokens: RefusalTokens = REFUSAL, thresholds: Thresholds = WHOLE) -> None:
+        self.case, self.model = case, case.model
         self.tokens, self.thresholds = tokens.ids, thresholds
-        self.layers = setting.model.model.language_model.layers
+        self.layers = case.model.model.language_model.layers
 
     @torch.no_grad()
     def last_logits(self, some: Prompts) -> Tensor:
@@ -198,13 +198,11 @@ class Naive:
         return total / len(some)
 
     def run(self) -> dict[str, Any]:
-        n_train = self.setting.n_train
-        harmful, harmless = self.setting.harmful[n_train:], self.setting.harmless[n_train:]
+        n_train = self.case.n_train
+        harmful, harmless = self.case.harmful[n_train:], self.case.harmless[n_train:]
         self.last_logits(harmful)
         before = self.last_logits(harmless)
-        means = self.mean_activations(self.setting.harmful[:n_train]) - self.mean_activations(
-            self.setting.harmless[:n_train]
-        )
+        means = self.mean_activations(self.case.harmful[:n_train]) - self.mean_activations(self.case.harmless[:n_train])
         r, n_layers = means.flatten(0, 1), len(self.layers)
         u, added = unit(r).to(self.model.dtype), r.to(self.model.dtype)
         nothing = torch.full((len(r), len(harmless)), torch.nan, dtype=torch.float64)

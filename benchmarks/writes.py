@@ -19,7 +19,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImage
 from refusal_direction import ablated
 from refusal_direction.directions import ablate, share_along, unit
 from refusal_direction.engine.interventions import residual_stream
-from refusal_direction.engine.skeleton import first
+from refusal_direction.engine.skeleton import hidden_states_of
 
 SIZES = {
     "vocab_size": 160,
@@ -66,7 +66,7 @@ def at_modules(model: PreTrainedModel, u: Tensor) -> Iterator[None]:
         return (ablate(args[0], u), *args[1:])
 
     def on_output(module: object, args: object, output: object) -> object:
-        changed = ablate(first(output), u)
+        changed = ablate(hidden_states_of(output), u)
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
     with ExitStack() as hooks:
@@ -83,7 +83,7 @@ def measured(model: PreTrainedModel, u: Tensor, ids: Tensor) -> tuple[Tensor, fl
     shares: list[float] = []
 
     def see(module: object, args: object, output: object) -> None:
-        shares.append(share_along(first(output), u.expand(len(ids), -1)))
+        shares.append(share_along(hidden_states_of(output), u.expand(len(ids), -1)))
 
     with ExitStack() as hooks:
         for layer in residual_stream(model).layers:

@@ -29,8 +29,8 @@ from refusal_direction import processes
 from refusal_direction.config import TEXT, VISION, Rules
 from refusal_direction.engine.residency import execution_device
 from refusal_direction.errors import OutputError
+from refusal_direction.metrics import Measure
 from refusal_direction.pipeline import Direction
-from refusal_direction.search import Measure
 
 if TYPE_CHECKING:
     from refusal_direction.choice import Choice
@@ -189,11 +189,10 @@ def _scores(extraction: Extraction) -> list[dict[str, Any]]:
     rows = [asdict(score) for score in extraction.means]
     if extraction.config.rules.images:
         rows = [{**row, "position_index": row["position"] + n_positions} for row in rows]
-    names = {"ablation_refusal": Measure.ABLATION, "steering_refusal": Measure.STEERING, "kl_div": Measure.KL}
     return [
         {
             **row,
-            "measured": {name: int(choice.measured[measure][index]) for name, measure in names.items()},
+            "measured": {measure.value: int(choice.measured[measure][index]) for measure in Measure},
             "dropped": choice.selection.dropped[index],
         }
         for index, row in enumerate(rows)
@@ -204,9 +203,9 @@ def _search(choice: Choice) -> dict[str, Any]:
     return {
         "name": choice.search,
         "prompt_evaluations": choice.evaluations,
-        "prompt_evaluations_of_exhaustive": choice.exhaustive,
-        "rows_repeated_for_rounding": choice.repeated,
-        "sweeps": choice.sweeps,
+        "prompt_evaluations_of_exhaustive": choice.exhaustive_evaluations,
+        "rows_repeated_for_rounding": choice.n_repeated,
+        "sweeps": choice.n_sweeps,
     }
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from refusal_direction.config import Config
 from refusal_direction.errors import ConfigurationError, NoCandidateError
-from refusal_direction.metrics import LEAST_REFUSAL, kl_floor
+from refusal_direction.metrics import LEAST_REFUSAL, Measure, kl_floor
 from refusal_direction.rounding import Noise, ties
-from refusal_direction.scoring import ALL, Measure, Scores, rows_of
+from refusal_direction.scoring import ALL, Scores, Setting, rows_of
 from refusal_direction.search import Cell, Conditions, Found, search
 from refusal_direction.selection import (
     CandidateScore,
@@ -28,12 +28,12 @@ from refusal_direction.selection import (
     warn_of_relaxed_kl,
     warn_of_waived_steering,
 )
-from refusal_direction.sweeps import Progress, Setting, Sweeps
+from refusal_direction.sweeps import Progress, Sweeps
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-__all__ = ["Choice", "choose", "how"]
+__all__ = ["Choice", "choose", "search_name"]
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,13 @@ class Choice:
     """How it was found."""
     measured: Mapping[Measure, Int[Tensor, "candidate"]] = field(repr=False)
     """On how many prompts each candidate was run. Those of length zero are not run: their scores are the baseline's."""
-    sweeps: int
+    n_sweeps: int
     """Passes over the weights, if all rows of one fit into memory."""
-    exhaustive: int
+    exhaustive_evaluations: int
     """Prompt evaluations of an exhaustive search: prompts run under an intervention."""
     noise: Noise
     """How far rounding alone moves mean scores, measured."""
-    repeated: int
+    n_repeated: int
     """Rows run a second time to measure it; they are no prompt evaluations."""
     ties: tuple[int, ...]
     """The candidates that rounding alone may have kept from being selected instead."""
@@ -83,7 +83,7 @@ class _Outcome:
     """Where not every candidate was measured in full: the best that their means may be."""
 
 
-def how(config: Config) -> str:
+def search_name(config: Config) -> str:
     """Which search a configuration asks for.
 
     Raises ConfigurationError where the rules have no such search.
@@ -99,7 +99,7 @@ def choose(setting: Setting, config: Config, progress: Progress) -> Choice:
 
     Raises NoCandidateError where no candidate can be selected.
     """
-    name, sweeps = how(config), Sweeps(setting, config, progress)
+    name, sweeps = search_name(config), Sweeps(setting, config, progress)
     if name == "pruned":
         outcome = _pruned(sweeps, config)
     elif not config.rules.relative_steering:
@@ -110,8 +110,7 @@ def choose(setting: Setting, config: Config, progress: Progress) -> Choice:
 
 
 def _choice(sweeps: Sweeps, name: str, outcome: _Outcome) -> Choice:
-    if sweeps.scores is None:
-        raise AssertionError("nothing has been measured")
+    assert sweeps.scores is not None, "nothing has been measured"
     means, noise = sweeps.means(), sweeps.repeats.noise
     return Choice(
         scores=sweeps.scores,
@@ -119,10 +118,10 @@ def _choice(sweeps: Sweeps, name: str, outcome: _Outcome) -> Choice:
         selection=outcome.chosen,
         search=name,
         measured={m: torch.tensor([sweeps.counts[index, m] for index in range(len(means))]) for m in Measure},
-        sweeps=sweeps.done,
-        exhaustive=len(sweeps.rows(ALL)),
-        noise=Noise(noise[Measure.ABLATION], noise[Measure.STEERING], noise[Measure.KL]),
-        repeated=sweeps.repeated,
+        n_sweeps=sweeps.n_sweeps,
+        exhaustive_evaluations=len(sweeps.rows(ALL)),
+        noise=Noise(**{measure.value: noise[measure] for measure in Measure}),
+        n_repeated=sweeps.n_repeated,
         ties=ties(
             means,
             outcome.chosen.index,
@@ -138,7 +137,7 @@ def _choice(sweeps: Sweeps, name: str, outcome: _Outcome) -> Choice:
 def _exhaustively(sweeps: Sweeps, config: Config) -> _Outcome:
     sweeps.run("Sweep 2: interventions", sweeps.rows(ALL))
     chosen = select(sweeps.means(), sweeps.setting.candidates.shape[1], config.thresholds, _null(sweeps))
-    return _Outcome(chosen, _shallow(sweeps), config.thresholds.kl, config.thresholds.induce)
+    return _Outcome(chosen, among=_shallow(sweeps), kl=config.thresholds.kl, steering=config.thresholds.induce)
 
 
 def _by_kl_first(sweeps: Sweeps, config: Config, top_k: int | None) -> _Outcome:
@@ -154,7 +153,7 @@ def _by_kl_first(sweeps: Sweeps, config: Config, top_k: int | None) -> _Outcome:
     strict = all(means[i].kl_div <= config.thresholds.kl and means[i].layer < sweeps.limit for i in finalists)
     steering = baseline + config.thresholds.induce
     steering = steering if any(means[i].steering_refusal >= steering for i in finalists) else -inf
-    return _Outcome(chosen, finalists, config.thresholds.kl if strict else inf, steering)
+    return _Outcome(chosen, among=finalists, kl=config.thresholds.kl if strict else inf, steering=steering)
 
 
 def _pruned(sweeps: Sweeps, config: Config) -> _Outcome:
@@ -162,7 +161,7 @@ def _pruned(sweeps: Sweeps, config: Config) -> _Outcome:
     setting, thresholds = sweeps.setting, config.thresholds
 
     def ask(cells: Sequence[Cell]) -> list[float]:
-        name = f"Sweep {sweeps.done + 2}: {len({cell.candidate for cell in cells})} candidates"
+        name = f"Sweep {sweeps.n_sweeps + 2}: {len({cell.candidate for cell in cells})} candidates"
         scores = sweeps.run(name, rows_of(cells, **setting.validation))
         return [float(scores.of(cell.measure)[cell.candidate, cell.prompt]) for cell in cells]
 
@@ -179,35 +178,30 @@ def _pruned(sweeps: Sweeps, config: Config) -> _Outcome:
 
 
 def _selected(sweeps: Sweeps, config: Config, found: Found, best: int) -> _Outcome:
-    said, means = reasons(config.rules, sweeps.limit, config.thresholds), sweeps.means()
-    out = {Fate.NULL, Fate.BROKEN, Fate.LAYER, Fate.RANK}
-    bounds = {measure: (measure.sign * found.table.bound(measure)).tolist() for measure in Measure}
+    why, means = reasons(config.rules, sweeps.limit, config.thresholds), sweeps.means()
+    ruled_out = {Fate.NULL, Fate.BROKEN, Fate.LAYER, Fate.RANK}
+    bounds = {measure.value: (measure.sign * found.table.bound(measure)).tolist() for measure in Measure}
     return _Outcome(
-        selection(best, means[best], found.fates, said),
-        [index for index, fate in enumerate(found.fates) if fate not in out],
-        found.conditions.kl,
-        found.conditions.steering,
-        [
-            replace(
-                score,
-                ablation_refusal=bounds[Measure.ABLATION][index],
-                steering_refusal=bounds[Measure.STEERING][index],
-                kl_div=bounds[Measure.KL][index],
-            )
+        chosen=selection(best, means[best], found.fates, why),
+        among=[index for index, fate in enumerate(found.fates) if fate not in ruled_out],
+        kl=found.conditions.kl,
+        steering=found.conditions.steering,
+        at_best=[
+            replace(score, **{name: bound[index] for name, bound in bounds.items()})
             for index, score in enumerate(means)
         ],
     )
 
 
 def _unselected(sweeps: Sweeps, config: Config, found: Found) -> _Outcome:
-    """Raise the error that an exhaustive search raises; it shows the nearest misses, so they must be known."""
+    """Measure the rest and select as an exhaustive search does, which raises NoCandidateError with the nearest misses."""
     if config.rules.relative_steering:
         raise NoCandidateError("Every score of every candidate is NaN. Try --dtype float32.")
     alive = torch.nonzero(~sweeps.null).flatten().tolist()
     missing = [cell for candidate in alive for m in Measure for cell in found.table.missing(candidate, m)]
     sweeps.run("Nothing passes; the rest, for the nearest misses", rows_of(missing, **sweeps.setting.validation))
     chosen = select(sweeps.means(), sweeps.setting.candidates.shape[1], config.thresholds, _null(sweeps))
-    return _Outcome(chosen, _shallow(sweeps), config.thresholds.kl, config.thresholds.induce)
+    return _Outcome(chosen, among=_shallow(sweeps), kl=config.thresholds.kl, steering=config.thresholds.induce)
 
 
 def _conditions(sweeps: Sweeps, config: Config) -> Conditions:

@@ -11,22 +11,24 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle, islice
 from statistics import median_low
 
 import torch
 from torch import Tensor
 
-from refusal_direction.choice import how
+from refusal_direction.choice import search_name
 from refusal_direction.config import Config
 from refusal_direction.engine import Candidates, Engine, Kind, Row
 from refusal_direction.engine.residency import execution_device
 from refusal_direction.memory import peak_bytes
-from refusal_direction.metrics import kl_divergence, refusal_score
+from refusal_direction.metrics import Measure, kl_divergence, refusal_score
 from refusal_direction.models.chat import ChatModel
 from refusal_direction.models.refusal_tokens import RefusalTokens
 from refusal_direction.pipeline import Prepared, prepare
 from refusal_direction.prompts.sets import PromptSets
+from refusal_direction.scoring import ALL, intervention_rows
 
 __all__ = ["Cost", "Inspection", "inspect", "token_layers"]
 
@@ -101,26 +103,18 @@ def inspect(config: Config) -> Inspection:
 def _stand_ins(ready: Prepared) -> Candidates:
     """Directions in place of the candidates: what they are does not matter to what they cost."""
     n_layers, d_model = len(ready.engine.stream.layers), ready.engine.stream.skeleton.d_model
-    vectors = torch.randn(ready.chat.n_positions * n_layers, d_model, generator=torch.Generator().manual_seed(0))
-    return Candidates(vectors, tuple(range(n_layers)) * ready.chat.n_positions)
+    generator = torch.Generator().manual_seed(0)
+    return Candidates.of(torch.randn(ready.chat.n_positions, n_layers, d_model, generator=generator))
 
 
 def _sweeps(ready: Prepared, config: Config) -> dict[str, list[Row]]:
     """The rows of each sweep, as if every prompt passed the filter (and, with images, a middling layer every test)."""
-    indices = ready.prompts.indices()
-    harmful, harmless = indices["harmful_val"], indices["harmless_val"]
-    n_layers = len(ready.engine.stream.layers)
-    every = range(ready.chat.n_positions * n_layers)
-    search = how(config)
+    indices, candidates = ready.prompts.indices(), _stand_ins(ready)
+    rows = partial(intervention_rows, candidates, harmful=indices["harmful_val"], harmless=indices["harmless_val"])
+    search, n_layers = search_name(config), len(ready.engine.stream.layers)
     top_k = config.rules.top_k if search == "kl_first" else None
-    among = every if top_k is None else [n_layers // 2] * min(top_k, len(every))
-    kl = [Row(prompt, Kind.ABLATION, candidate) for candidate in every for prompt in harmless]
-    rest = [
-        Row(prompt, kind, candidate)
-        for candidate in among
-        for kind, prompts in ((Kind.ABLATION, harmful), (Kind.STEERING, harmless))
-        for prompt in prompts
-    ]
+    among = None if top_k is None else [n_layers // 2] * min(top_k, len(candidates.layers))
+    kl, rest = rows(measures=frozenset({Measure.KL})), rows(measures=ALL - {Measure.KL}, among=among)
     baseline = [Row(prompt) for prompt in range(len(ready.prompts.everything))]
     if search == "pruned":  # in several sweeps, of fewer rows
         return {"baseline": baseline, "interventions, at most": kl + rest}
@@ -183,7 +177,9 @@ def _cost(ready: Prepared, sweeps: dict[str, list[Row]], load_seconds: float) ->
         passes = sum(1 for _ in engine.budget.chunks(rows, sizes))
         estimated[name] = once * passes + each * token_layers(engine, rows, candidates)
         held = max(held, min(engine.budget.hidden_bytes, sum(sizes)))
-    return Cost(load_seconds, estimated, peak_bytes(execution_device(ready.chat.model)) + held + engine.budget.kept)
+    return Cost(
+        load_seconds, estimated, peak_bytes(execution_device(ready.chat.model)) + held + engine.budget.reserved_bytes
+    )
 
 
 def _timed(ready: Prepared, rows: Sequence[Row], candidates: Candidates) -> float:

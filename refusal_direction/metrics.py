@@ -6,6 +6,7 @@ Logits are those of the last prompt position, from which the first token of the 
 from __future__ import annotations
 
 import math
+from enum import Enum
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-__all__ = ["LEAST_REFUSAL", "entropy", "kl_divergence", "kl_floor", "refusal_mass", "refusal_score"]
+__all__ = ["LEAST_REFUSAL", "Measure", "entropy", "kl_divergence", "kl_floor", "refusal_mass", "refusal_score"]
 
 _REFUSAL_EPS = 1e-8
 _KL_EPS = 1e-6
@@ -24,20 +25,33 @@ LEAST_REFUSAL = math.log(_REFUSAL_EPS) - math.log(1 + _REFUSAL_EPS)
 """The refusal score where the refusal tokens have no probability at all; where they have it all it is as much above 0."""
 
 
+class Measure(Enum):
+    """What a candidate is scored by. The values are the names of the scores in `CandidateScore` and in files."""
+
+    ABLATION = "ablation_refusal"
+    KL = "kl_div"
+    STEERING = "steering_refusal"
+
+    @property
+    def sign(self) -> int:
+        """Times the score: the cost. A candidate should steer to a high score, and be low in the other two."""
+        return -1 if self is Measure.STEERING else 1
+
+
 def refusal_mass(logits: Float[Tensor, "row vocab"], tokens: tuple[int, ...]) -> Float[Tensor, "row"]:
-    """Summed softmax probability of the refusal tokens (paper, section 2.4), in `precise`."""
+    """Summed softmax probability of the refusal tokens (paper, appendix B), in `precise`."""
     probabilities = logits.to(precise(logits.device)).softmax(-1)
     return probabilities[:, list(tokens)].sum(-1)
 
 
 def refusal_score(logits: Float[Tensor, "row vocab"], tokens: tuple[int, ...]) -> Float[Tensor, "row"]:
-    """log-odds of refusing, log(p + 1e-8) - log(1 - p + 1e-8) with p the `refusal_mass`: in [-18.42, 18.42]."""
+    """log-odds of refusing, log(p + 1e-8) - log(1 - p + 1e-8) with p the `refusal_mass` (paper, appendix B): in [-18.42, 18.42]."""
     p = refusal_mass(logits, tokens)
     return (p + _REFUSAL_EPS).log() - (1 - p + _REFUSAL_EPS).log()
 
 
 def kl_divergence(logits_p: Float[Tensor, "row vocab"], logits_q: Float[Tensor, "row vocab"]) -> Float[Tensor, "row"]:
-    """sum P (log(P + 1e-6) - log(Q + 1e-6)) per row, in nats, in `precise`: KL from the baseline P to Q."""
+    """sum P (log(P + 1e-6) - log(Q + 1e-6)) per row, in nats, in `precise`: KL from the baseline P to Q (paper, appendix C)."""
     dtype = precise(logits_p.device)
     p, q = logits_p.to(dtype).softmax(-1), logits_q.to(dtype).softmax(-1)
     return (p * ((p + _KL_EPS).log() - (q + _KL_EPS).log())).sum(-1)
@@ -59,6 +73,6 @@ def kl_floor(logits_p: Float[Tensor, "row vocab"]) -> Float[Tensor, "row"]:
 
 
 def entropy(logits: Float[Tensor, "row vocab"]) -> Float[Tensor, "row"]:
-    """Of the next token, in nats, in `precise`."""
+    """Entropy of the next-token distribution, in nats, in `precise`."""
     log_p = logits.to(precise(logits.device)).log_softmax(-1)
     return -(log_p.exp() * log_p).nansum(-1)  # where p is 0, log p may be -inf

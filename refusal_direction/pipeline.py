@@ -15,7 +15,7 @@ from torch import Tensor
 
 from refusal_direction import prompts as prompt_sources
 from refusal_direction.checkpoints import Checkpoints, fingerprint
-from refusal_direction.choice import Choice, choose, how
+from refusal_direction.choice import Choice, choose, search_name
 from refusal_direction.config import VISION_CONFIG, Config
 from refusal_direction.directions import mean_difference
 from refusal_direction.engine import Engine
@@ -29,10 +29,10 @@ from refusal_direction.models.loading import load
 from refusal_direction.models.refusal_tokens import Mass, RefusalTokens
 from refusal_direction.models.vision import VisionChatModel
 from refusal_direction.prompts.sets import PromptSets
-from refusal_direction.scoring import Baseline, Scores, kept_bytes, measure_baseline
+from refusal_direction.scoring import Baseline, Scores, Setting, baseline_bytes, measure_baseline
 from refusal_direction.selection import CandidateScore, Selection, keep_fitting
 from refusal_direction.store import NOWHERE, Store
-from refusal_direction.sweeps import Progress, Setting
+from refusal_direction.sweeps import Progress
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -127,7 +127,7 @@ def extract(
     Raises RefusalDirectionError: see refusal_direction.errors for every case.
     """
     config, chat = _resolve(model, config)
-    how(config)  # an unknown search is found out before the work
+    search_name(config)  # an unknown search is found out before the work
     clock = _Clock()
     with recorded_warnings() as warnings:
         ready = prepare(config, chat=chat, prompts=prompts, seconds=clock.seconds, progress=progress is not None)
@@ -196,19 +196,19 @@ def prepare(
         chat = chat or load(config)
         stream = ResidualStream(chat.model)
         tokens = _tokens(config, chat, prompts)
-        kept = kept_bytes(
+        reserved = baseline_bytes(
             stream,
-            observed=len(prompts.harmful_train) + len(prompts.harmless_train),
+            n_activations=len(prompts.harmful_train) + len(prompts.harmless_train),
             n_positions=chat.n_positions,
-            kept=len(prompts.harmless_val),
+            n_logits=len(prompts.harmless_val),
         )
         engine = Engine(
             stream,
             _inputs(chat, prompts),
             config.batch_size,
             memory=config.memory_budget,
-            kept=kept,
-            observed=chat.n_positions,
+            reserved_bytes=reserved,
+            observed_tokens=chat.n_positions,
         )
     return Prepared(chat, prompts, tokens, engine)
 
@@ -305,8 +305,8 @@ def _baseline(ready: Prepared, progress: Progress, store: Store) -> Baseline:
             engine,
             ready.tokens,
             ready.chat.n_positions,
-            observed=indices["harmful_train"] + indices["harmless_train"],
-            kept=indices["harmless_val"],
+            activations_of=indices["harmful_train"] + indices["harmless_train"],
+            logits_of=indices["harmless_val"],
             tick=tick,
             store=store,
         )

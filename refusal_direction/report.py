@@ -74,8 +74,8 @@ def _effort(choice: Choice) -> list[str]:
     """What a pruned search saved."""
     if choice.search != "pruned":
         return []
-    share = f"{choice.evaluations / choice.exhaustive:.0%} of the {choice.exhaustive} that score every candidate"
-    done = f"{choice.evaluations} prompt evaluations in {choice.sweeps} sweeps prove the choice ({share})."
+    share = f"{choice.evaluations / choice.exhaustive_evaluations:.0%} of the {choice.exhaustive_evaluations} that score every candidate"
+    done = f"{choice.evaluations} prompt evaluations in {choice.n_sweeps} sweeps prove the choice ({share})."
     return [f"Pruned search: {done}"]
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from refusal_direction.engine import Candidates, Row
-from refusal_direction.search import Measure
+from refusal_direction.metrics import Measure
 from refusal_direction.selection import CandidateScore
 
 if TYPE_CHECKING:

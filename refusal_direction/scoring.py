@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,27 +10,27 @@ import torch
 from torch import Tensor
 
 from refusal_direction.directions import NULL_NORM
-from refusal_direction.engine import Candidates, Engine, Kind, Row
-from refusal_direction.metrics import kl_divergence, refusal_mass, refusal_score
+from refusal_direction.engine import Candidates, Engine, Kind, Row, Tick, silent
+from refusal_direction.metrics import Measure, kl_divergence, refusal_mass, refusal_score
 from refusal_direction.processes import everywhere, share, summed
-from refusal_direction.search import Cell, Measure
+from refusal_direction.search import Cell
 from refusal_direction.store import NOWHERE, Store
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
     from refusal_direction.engine.interventions import ResidualStream
-    from refusal_direction.engine.layer_major import Tick
     from refusal_direction.models.refusal_tokens import RefusalTokens
 
 __all__ = [
     "ALL",
     "Baseline",
-    "Measure",
     "Scores",
+    "Setting",
+    "baseline_bytes",
     "intervention_rows",
-    "kept_bytes",
     "measure_baseline",
+    "measure_of",
     "null_candidates",
     "rows_of",
     "score_candidates",
@@ -46,16 +46,40 @@ class Baseline:
     mass: Float[Tensor, "prompt"]
     """Probability of the refusal tokens."""
     activations: Float[Tensor, "prompt position layer d_model"]
-    """The residual stream at the input of each layer at the end-of-instruction tokens, of the prompts observed."""
+    """The residual stream at the input of each layer at the end-of-instruction tokens, of the prompts that candidates are made from."""
     logits: dict[int, Float[Tensor, "vocab"]]
-    """Last-position logits of the prompts kept for the KL divergence."""
+    """Last-position logits of the prompts that the KL divergence is measured on, by their index."""
 
 
-def kept_bytes(stream: ResidualStream, *, observed: int, n_positions: int, kept: int) -> int:
-    """What a Baseline will hold: activations of so many observed prompts, and logits of those kept for the KL."""
+def baseline_bytes(stream: ResidualStream, *, n_activations: int, n_positions: int, n_logits: int) -> int:
+    """What a Baseline will hold: the activations of so many prompts, and the logits of so many."""
     model = stream.skeleton.model
-    activations = observed * n_positions * len(stream.layers) * stream.skeleton.d_model
-    return (activations + kept * model.config.get_text_config().vocab_size) * model.dtype.itemsize
+    activations = n_activations * n_positions * len(stream.layers) * stream.skeleton.d_model
+    return (activations + n_logits * model.config.get_text_config().vocab_size) * model.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What candidates are scored in, and what a choice is made from."""
+
+    engine: Engine
+    tokens: RefusalTokens
+    candidates: Float[Tensor, "position layer d_model"]
+    baseline: Baseline
+    kept: dict[str, list[int]]
+    """For each set, the prompts that the filter left."""
+    store: Store = NOWHERE
+    """Where earlier runs may have left results, and where they are left."""
+
+    @property
+    def flat(self) -> Candidates:
+        """The candidates in (position, layer) order."""
+        return Candidates.of(self.candidates)
+
+    @property
+    def validation(self) -> dict[str, list[int]]:
+        """The validation prompts."""
+        return {"harmful": self.kept["harmful_val"], "harmless": self.kept["harmless_val"]}
 
 
 @dataclass(frozen=True)
@@ -74,7 +98,7 @@ class Scores:
         return {Measure.ABLATION: self.ablation, Measure.KL: self.kl, Measure.STEERING: self.steering}[measure]
 
     def first(self, count: int) -> Scores:
-        """Of so many candidates alone."""
+        """The scores of the first `count` candidates."""
         return Scores(self.ablation[:count], self.steering[:count], self.kl[:count])
 
     def with_more(self, more: Scores) -> Scores:
@@ -88,9 +112,9 @@ def measure_baseline(
     tokens: RefusalTokens,
     n_positions: int,
     *,
-    observed: Sequence[int],
-    kept: Sequence[int],
-    tick: Tick = lambda done: None,
+    activations_of: Sequence[int],
+    logits_of: Sequence[int],
+    tick: Tick = silent,
     store: Store = NOWHERE,
 ) -> Baseline:
     """Sweep 1: every prompt once.
@@ -99,19 +123,19 @@ def measure_baseline(
         engine: holds the prompts.
         tokens: the refusal tokens.
         n_positions: how many positions, from the end, are looked at.
-        observed: the prompts whose activations are wanted, in this order.
-        kept: the prompts whose logits are wanted for the KL divergence.
+        activations_of: the prompts whose activations are wanted, in this order.
+        logits_of: the prompts whose logits are wanted for the KL divergence.
         tick: receives progress.
         store: where an earlier run may have left the result, and where it is left.
     """
     stored = store.load("baseline")
     if everywhere(stored is not None) and stored is not None:
         engine.adopt("hooked" if stored["hooked"] else "layer-major")
-        return _baseline(stored, kept)
+        return _baseline(stored, logits_of)
     count, skeleton = len(engine.prompts), engine.stream.skeleton
     refusal, mass = (torch.zeros(count, dtype=torch.float64) for _ in range(2))
-    place = {prompt: index for index, prompt in enumerate(observed)}
-    logits_place = {prompt: index for index, prompt in enumerate(kept)}
+    place = {prompt: index for index, prompt in enumerate(activations_of)}
+    logits_place = {prompt: index for index, prompt in enumerate(logits_of)}
     activations = torch.zeros(
         len(place), n_positions, len(engine.stream.layers), skeleton.d_model, dtype=skeleton.model.dtype
     )
@@ -138,11 +162,11 @@ def measure_baseline(
     part = dict(zip(results, summed(refusal, mass, activations, logits_kept), strict=True))
     part["hooked"] = torch.tensor(engine.name == "hooked")
     store.save("baseline", part)
-    return _baseline(part, kept)
+    return _baseline(part, logits_of)
 
 
-def _baseline(part: Mapping[str, Tensor], kept: Sequence[int]) -> Baseline:
-    logits = dict(zip(kept, part["logits"], strict=True))
+def _baseline(part: Mapping[str, Tensor], logits_of: Sequence[int]) -> Baseline:
+    logits = dict(zip(logits_of, part["logits"], strict=True))
     return Baseline(part["refusal"], part["mass"], part["activations"], logits)
 
 
@@ -195,64 +219,50 @@ def null_candidates(candidates: Candidates) -> Bool[Tensor, "candidate"]:
     return candidates.vectors.norm(dim=-1) <= NULL_NORM
 
 
-def score_candidates(
-    engine: Engine,
-    tokens: RefusalTokens,
-    candidates: Candidates,
-    rows: Sequence[Row],
-    baseline: Baseline,
-    kept: dict[str, list[int]],
-    tick: Tick = lambda done: None,
-    store: Store = NOWHERE,
-) -> Scores:
+def measure_of(row: Row, harmful: Container[int]) -> Measure:
+    """What an intervention's row is run for: it follows from what is done to which kind of prompt."""
+    if row.kind is Kind.STEERING:
+        return Measure.STEERING
+    return Measure.ABLATION if row.prompt in harmful else Measure.KL
+
+
+def score_candidates(setting: Setting, candidates: Candidates, *, rows: Sequence[Row], tick: Tick = silent) -> Scores:
     """Sweep 2: run `rows` and read off the scores of each candidate.
 
     Args:
-        engine: holds the prompts.
-        tokens: the refusal tokens.
-        candidates: in (position, layer) order.
+        setting: what they are scored in.
+        candidates: in (position, layer) order; any, not only those of the setting.
         rows: the `intervention_rows`. What they leave out is NaN; candidates of length zero have the baseline's scores.
-        baseline: of the same prompts.
-        kept: the validation prompts, "harmful_val" and "harmless_val".
         tick: receives progress.
-        store: where earlier runs may have left results, and where they are left.
     """
-    measured = _run_parts(engine, tokens, candidates, rows, baseline, tick, store)
-    harmful = {prompt: index for index, prompt in enumerate(kept["harmful_val"])}
-    harmless = {prompt: index for index, prompt in enumerate(kept["harmless_val"])}
+    measured = _run_parts(setting, candidates, rows=rows, tick=tick)
+    harmful, harmless = ({p: i for i, p in enumerate(prompts)} for prompts in setting.validation.values())
     unmeasured = torch.where(null_candidates(candidates), 0.0, torch.nan).double().unsqueeze(1).cpu()
-    ablation = unmeasured + baseline.refusal[list(harmful)]
-    steering = unmeasured + baseline.refusal[list(harmless)]
-    kl = unmeasured + torch.zeros(len(harmless), dtype=torch.float64)
-    for row, (refusal, divergence) in zip(rows, measured.tolist(), strict=True):
-        if row.kind is Kind.STEERING:
-            steering[row.candidate, harmless[row.prompt]] = refusal
-        elif row.prompt in harmful:
-            ablation[row.candidate, harmful[row.prompt]] = refusal
-        if row.kind is Kind.ABLATION and row.prompt in harmless:
-            kl[row.candidate, harmless[row.prompt]] = divergence
-    return Scores(ablation, steering, kl)
+    refusal = setting.baseline.refusal
+    scores = Scores(
+        ablation=unmeasured + refusal[list(harmful)],
+        steering=unmeasured + refusal[list(harmless)],
+        kl=unmeasured + torch.zeros(len(harmless), dtype=torch.float64),
+    )
+    for row, (refusing, divergence) in zip(rows, measured.tolist(), strict=True):
+        measure = measure_of(row, harmful)
+        place = (harmful if measure is Measure.ABLATION else harmless)[row.prompt]
+        scores.of(measure)[row.candidate, place] = divergence if measure is Measure.KL else refusing
+    return scores
 
 
-def _run_parts(
-    engine: Engine,
-    tokens: RefusalTokens,
-    candidates: Candidates,
-    rows: Sequence[Row],
-    baseline: Baseline,
-    tick: Tick,
-    store: Store,
-) -> Float[Tensor, "row 2"]:
-    """Each row's refusal score, and where its prompt's logits were kept its KL divergence: of this and all other processes.
+def _run_parts(setting: Setting, candidates: Candidates, *, rows: Sequence[Row], tick: Tick) -> Float[Tensor, "row 2"]:
+    """Each row's refusal score, and where its prompt's logits are known its KL divergence: of this and all other processes.
 
     Parts that an earlier run has finished are not run again.
     """
+    engine, baseline, store = setting.engine, setting.baseline, setting.store
     place = {row: index for index, row in enumerate(rows)}
     measured = torch.zeros(len(rows), 2, dtype=torch.float64)
 
     def consume(some: list[Row], logits: Tensor) -> None:
         places = [place[row] for row in some]
-        measured[places, 0] = refusal_score(logits, tokens.ids).cpu().double()
+        measured[places, 0] = refusal_score(logits, setting.tokens.ids).cpu().double()
         compared = [i for i, row in enumerate(some) if row.kind is Kind.ABLATION and row.prompt in baseline.logits]
         if compared:
             before = torch.stack([baseline.logits[some[i].prompt] for i in compared]).to(logits.device)

@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from refusal_direction.directions import mean_difference
-from refusal_direction.engine import Candidates, Engine
+from refusal_direction.engine import Engine
 from refusal_direction.engine.interventions import ResidualStream, ablated
 from refusal_direction.models.refusal_tokens import RefusalTokens
-from refusal_direction.scoring import Baseline, Scores, intervention_rows, measure_baseline, score_candidates
+from refusal_direction.scoring import Baseline, Scores, Setting, intervention_rows, measure_baseline, score_candidates
 from tests.families.building import Family, layers_of
 from tests.families.sizes import VOCAB
 from tests.oracles import reference, stream
@@ -102,23 +102,27 @@ def make_problem(seed: int = 0, *, n_train: int = 5, n_val: int = 4) -> Problem:
 
 
 def engine_of(
-    model: PreTrainedModel, problem: Sets[Any], batch_size: int | None = None, observed: int | None = N_POSITIONS
+    model: PreTrainedModel, problem: Sets[Any], batch_size: int | None = None, observed_tokens: int | None = N_POSITIONS
 ) -> Engine:
-    return Engine(ResidualStream(model), problem.inputs, batch_size, observed=observed)
+    return Engine(ResidualStream(model), problem.inputs, batch_size, observed_tokens=observed_tokens)
 
 
 def solve(engine: Engine, problem: Sets[Any]) -> Answer:
     """Both sweeps of the package, as its pipeline runs them, with every prompt kept."""
     tokens = RefusalTokens(REFUSAL_TOKENS, ("a", "b"), "a test")
     places = problem.indices()
-    observed = places["harmful_train"] + places["harmless_train"]
-    baseline = measure_baseline(engine, tokens, N_POSITIONS, observed=observed, kept=places["harmless_val"])
+    baseline = measure_baseline(
+        engine,
+        tokens,
+        N_POSITIONS,
+        activations_of=places["harmful_train"] + places["harmless_train"],
+        logits_of=places["harmless_val"],
+    )
     middle = len(places["harmful_train"])
     candidates = mean_difference(baseline.activations[:middle], baseline.activations[middle:])
-    n_positions, n_layers, _ = candidates.shape
-    flat = Candidates(candidates.flatten(0, 1), tuple(range(n_layers)) * n_positions)
-    rows = intervention_rows(flat, harmful=places["harmful_val"], harmless=places["harmless_val"])
-    scores = score_candidates(engine, tokens, flat, rows, baseline, places)
+    setting = Setting(engine, tokens, candidates, baseline, places)
+    rows = intervention_rows(setting.flat, **setting.validation)
+    scores = score_candidates(setting, setting.flat, rows=rows)
     return Answer(engine, baseline, candidates, scores)
 
 

@@ -13,9 +13,9 @@ from tests.families import FAMILIES, build
 from tests.problems import N_POSITIONS, Problem, make_problem, solve
 
 
-def engine_with(memory: int | None, problem: Problem, kept: int = 0) -> Engine:
+def engine_with(memory: int | None, problem: Problem, reserved: int = 0) -> Engine:
     stream = ResidualStream(build(FAMILIES["llama"]))
-    return Engine(stream, problem.inputs, memory=memory, kept=kept, observed=N_POSITIONS)
+    return Engine(stream, problem.inputs, memory=memory, reserved_bytes=reserved, observed_tokens=N_POSITIONS)
 
 
 def test_a_tight_budget_takes_more_passes_and_gives_the_same_scores() -> None:
@@ -38,7 +38,7 @@ def test_hidden_states_microbatch_and_logits_fit_into_the_budget_together() -> N
 
 def test_what_the_caller_keeps_is_taken_off() -> None:
     problem = make_problem()
-    whole, part = engine_with(16 << 20, problem).budget, engine_with(16 << 20, problem, kept=8 << 20).budget
+    whole, part = engine_with(16 << 20, problem).budget, engine_with(16 << 20, problem, reserved=8 << 20).budget
     assert part.hidden_bytes <= whole.hidden_bytes - (4 << 20)
 
 

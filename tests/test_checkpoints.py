@@ -20,10 +20,10 @@ from refusal_direction import ChatModel
 from refusal_direction.checkpoints import Checkpoints, fingerprint
 from refusal_direction.config import Config, ModelSource
 from refusal_direction.directions import mean_difference
-from refusal_direction.engine import Candidates, Engine
+from refusal_direction.engine import Engine
 from refusal_direction.models.refusal_tokens import RefusalTokens
 from refusal_direction.prompts.sets import Prompt
-from refusal_direction.scoring import Scores, intervention_rows, measure_baseline, score_candidates
+from refusal_direction.scoring import Scores, Setting, intervention_rows, measure_baseline, score_candidates
 from tests.families import FAMILIES, build
 from tests.problems import N_POSITIONS, Problem, engine_of, make_problem
 
@@ -114,15 +114,18 @@ class Cut(Checkpoints):
 
 def both_sweeps(engine: Engine, problem: Problem, store: Checkpoints) -> Scores:
     tokens, places = RefusalTokens((7, 11), ("a", "b"), "a test"), problem.indices()
-    observed = places["harmful_train"] + places["harmless_train"]
     baseline = measure_baseline(
-        engine, tokens, N_POSITIONS, observed=observed, kept=places["harmless_val"], store=store
+        engine,
+        tokens,
+        N_POSITIONS,
+        activations_of=places["harmful_train"] + places["harmless_train"],
+        logits_of=places["harmless_val"],
+        store=store,
     )
     middle = len(places["harmful_train"])
     means = mean_difference(baseline.activations[:middle], baseline.activations[middle:])
-    flat = Candidates(means.flatten(0, 1), tuple(range(means.shape[1])) * means.shape[0])
-    rows = intervention_rows(flat, harmful=places["harmful_val"], harmless=places["harmless_val"])
-    return score_candidates(engine, tokens, flat, rows, baseline, places, store=store)
+    setting = Setting(engine, tokens, means, baseline, places, store)
+    return score_candidates(setting, setting.flat, rows=intervention_rows(setting.flat, **setting.validation))
 
 
 def small_parts(name: str = "llama") -> Engine:

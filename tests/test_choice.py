@@ -17,15 +17,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from refusal_direction import ChatModel, Extraction, artifacts, cli, extract, report, sweeps
-from refusal_direction.choice import Choice, choose, how
+from refusal_direction.choice import Choice, choose, search_name
 from refusal_direction.config import TEXT, VISION, VISION_CONFIG, Config, ModelSource, PromptSource, Rules
 from refusal_direction.demo import vision
 from refusal_direction.engine import Candidates, Engine, Kind, Row
 from refusal_direction.errors import ConfigurationError, NoCandidateError
+from refusal_direction.metrics import Measure
 from refusal_direction.models.refusal_tokens import RefusalTokens
-from refusal_direction.scoring import Baseline, Scores, null_candidates
-from refusal_direction.search import Measure
-from refusal_direction.sweeps import Setting
+from refusal_direction.scoring import Baseline, Scores, Setting, null_candidates
 from tests.test_search import Problem, random_problem
 
 VOCAB, D_MODEL, N_TRAIN = 11, 5, 4
@@ -70,10 +69,8 @@ def setting_of(problem: Problem, generator: torch.Generator) -> Setting:
 def scoring_by(problem: Problem, noise: float = 0.0) -> Any:
     """Stands for `score_candidates`: reads the scores of the rows from the problem's table; copies are off by `noise`."""
 
-    def score(
-        engine: Engine, tokens: object, candidates: Candidates, rows: Sequence[Row], baseline: Baseline,
-        kept: dict[str, list[int]], tick: object, store: object,
-    ) -> Scores:  # fmt: skip
+    def score(setting: Setting, candidates: Candidates, *, rows: Sequence[Row], tick: object) -> Scores:
+        kept = setting.kept
         unmeasured = torch.where(null_candidates(candidates), 0.0, torch.nan).unsqueeze(1)
         found = {measure: unmeasured + table.new_zeros(table.shape[1]) for measure, table in problem.scores.items()}
         for row in rows:
@@ -164,8 +161,8 @@ def test_the_account_tells_what_was_measured(
             broken = problem.scores[measure][~null].isnan().any(1)
             assert torch.equal(seen[~broken], counts[~null][~broken])
         whole = sum(table[~null].numel() for table in problem.scores.values())
-        assert found.evaluations <= found.exhaustive == whole
-        fewer += found.evaluations < found.exhaustive
+        assert found.evaluations <= found.exhaustive_evaluations == whole
+        fewer += found.evaluations < found.exhaustive_evaluations
     assert fewer > 20
 
 
@@ -201,8 +198,8 @@ def test_a_reason_is_true(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.
 
 
 def test_a_search_that_the_rules_do_not_have_is_an_error_before_the_work() -> None:
-    assert how(Config()) == "exhaustive"
-    assert how(Config(rules=VISION)) == "kl_first"
+    assert search_name(Config()) == "exhaustive"
+    assert search_name(Config(rules=VISION)) == "kl_first"
     with pytest.raises(ConfigurationError, match="--search kl_first: must be one of exhaustive, pruned"):
         extract("nowhere", Config(search="kl_first"))
 
@@ -222,9 +219,11 @@ def test_on_the_demo_model_a_quarter_of_the_evaluations_proves_the_choice(chat: 
         everything.direction.position,
         everything.direction.layer,
     )
-    assert everything.choice.evaluations == everything.choice.exhaustive == found.choice.exhaustive
+    assert (
+        everything.choice.evaluations == everything.choice.exhaustive_evaluations == found.choice.exhaustive_evaluations
+    )
     assert found.choice.evaluations <= 0.25 * everything.choice.evaluations
-    assert found.choice.sweeps <= 8
+    assert found.choice.n_sweeps <= 8
     for one, other in zip(found.means, everything.means, strict=True):
         for name in MEASURES:
             value = getattr(one, name)
@@ -260,9 +259,9 @@ def test_the_work_done_is_recorded_and_shown(found: Extraction, extraction: Extr
     assert search == {
         "name": "pruned",
         "prompt_evaluations": found.choice.evaluations,
-        "prompt_evaluations_of_exhaustive": found.choice.exhaustive,
-        "rows_repeated_for_rounding": found.choice.repeated,
-        "sweeps": found.choice.sweeps,
+        "prompt_evaluations_of_exhaustive": found.choice.exhaustive_evaluations,
+        "rows_repeated_for_rounding": found.choice.n_repeated,
+        "sweeps": found.choice.n_sweeps,
     }
     assert f"Pruned search: {found.choice.evaluations} prompt evaluations" in report.results(found)
     assert "Pruned" not in report.results(extraction)
@@ -317,7 +316,7 @@ def test_on_the_vision_language_demo_the_choice_is_that_of_the_published_rule() 
     assert pruned.choice.evaluations < 0.75 * published.choice.evaluations
     whole = replace(config, prompts=PromptSource(), skip_filter=True, search="pruned")
     found = extract("demo", whole)
-    assert found.choice.evaluations <= 0.25 * found.choice.exhaustive
+    assert found.choice.evaluations <= 0.25 * found.choice.exhaustive_evaluations
 
 
 def test_the_flag_asks_for_it() -> None:

@@ -158,7 +158,7 @@ def test_layer_major_is_the_hooked_forward(name: str, problem: Problem) -> None:
 @some_families
 @pytest.mark.parametrize("last", [None, N_POSITIONS])
 def test_layer_major_observes_what_the_hooked_forward_observes(name: str, last: int | None, problem: Problem) -> None:
-    engine = engine_of(build(FAMILIES[name]), problem, 4, observed=last)
+    engine = engine_of(build(FAMILIES[name]), problem, 4, observed_tokens=last)
     observed: list[dict[tuple[int, Row], Tensor]] = []
     for runner in (engine._runner, Hooked(engine.stream, problem.inputs, engine.budget)):
         seen: dict[tuple[int, Row], Tensor] = {}

@@ -98,8 +98,8 @@ def test_a_pruned_search_selects_the_same_with_a_quarter_of_the_work(run: Run) -
     assert found.selection.index == run.extraction.selection.index
     for score in SCORES:  # rows are run together with other rows, so rounded differently
         assert getattr(found.selection.score, score) == pytest.approx(getattr(run.extraction.selection.score, score))
-    assert run.extraction.choice.evaluations == found.choice.exhaustive
-    assert found.choice.evaluations <= 0.25 * found.choice.exhaustive
+    assert run.extraction.choice.evaluations == found.choice.exhaustive_evaluations
+    assert found.choice.evaluations <= 0.25 * found.choice.exhaustive_evaluations
     assert torch.equal(found.direction.vector, run.extraction.direction.vector)
 
 

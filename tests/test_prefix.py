@@ -69,7 +69,8 @@ def test_every_family_shares_the_opening(name: str) -> None:
 def test_scores_are_those_without_sharing(name: str, batch_size: int | None) -> None:
     model, problem = build(FAMILIES[name]), make_problem()
     shared, apart = (
-        solve(engine_of(model, problem, batch_size, observed=observed), problem) for observed in (N_POSITIONS, None)
+        solve(engine_of(model, problem, batch_size, observed_tokens=observed), problem)
+        for observed in (N_POSITIONS, None)
     )
     assert prefix_of(shared.engine) is not None
     assert prefix_of(apart.engine) is None
@@ -127,7 +128,7 @@ def tokens_through(module: nn.Module) -> Iterator[list[int]]:
 @pytest.mark.parametrize(("observed", "each", "once"), [(None, 3, 0), (N_POSITIONS, 0, 3)])
 def test_the_opening_goes_through_once_for_each_intervention(observed: int | None, each: int, once: int) -> None:
     model, problem = build(FAMILIES["llama"]), make_problem()
-    engine = engine_of(model, problem, observed=observed)
+    engine = engine_of(model, problem, observed_tokens=observed)
     given = Candidates(torch.randn(4, D_MODEL), (0, 1, 2, 1))
     rows = [Row(prompt, Kind.ABLATION, candidate) for prompt in range(len(problem.inputs)) for candidate in range(4)]
     with tokens_through(model.model.layers[0].mlp) as seen:
@@ -157,7 +158,7 @@ def test_attention_that_looks_ahead_shares_nothing() -> None:
 
 def test_layers_with_another_kind_of_cache_share_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model, problem = build(FAMILIES["llama"]), make_problem()
-    expected = solve(engine_of(model, problem, observed=None), problem)
+    expected = solve(engine_of(model, problem, observed_tokens=None), problem)
     own = type(model.model.layers[0]).forward
 
     def forward(self: nn.Module, *args: object, **kwargs: object) -> object:

@@ -15,8 +15,8 @@ from refusal_direction import ChatModel, Extraction, artifacts, extract, report,
 from refusal_direction.choice import choose
 from refusal_direction.config import TEXT, VISION, Config, ModelSource, Rules, Thresholds
 from refusal_direction.engine import Candidates, Kind, Row
+from refusal_direction.metrics import Measure
 from refusal_direction.rounding import Repeats, rounded_otherwise, ties
-from refusal_direction.scoring import Measure
 from refusal_direction.selection import CandidateScore
 from tests.test_choice import scoring_by, setting_of, silent
 from tests.test_search import Problem
@@ -226,4 +226,4 @@ def test_ties_are_named_in_the_metadata_and_at_the_end_of_the_run(extraction: Ex
 
 
 def test_measuring_it_costs_a_few_rows(chat: ChatModel, extraction: Extraction) -> None:
-    assert extraction.choice.repeated == 3 * 16
+    assert extraction.choice.n_repeated == 3 * 16

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from refusal_direction.config import Thresholds
 from refusal_direction.errors import NoCandidateError
-from refusal_direction.metrics import LEAST_REFUSAL
-from refusal_direction.search import Cell, Conditions, Found, Hints, Measure, plan, search
+from refusal_direction.metrics import LEAST_REFUSAL, Measure
+from refusal_direction.search import Cell, Conditions, Found, Hints, plan, search
 from refusal_direction.search.table import SLACK, Table
 from refusal_direction.search.verdicts import judge
 from refusal_direction.selection import CandidateScore, Fate, layer_limit, select, select_survivor, survivors

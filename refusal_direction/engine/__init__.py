@@ -12,16 +12,15 @@ from torch import Tensor
 from refusal_direction.engine.budget import Budget
 from refusal_direction.engine.hooked import Hooked
 from refusal_direction.engine.interventions import ResidualStream
-from refusal_direction.engine.layer_major import Consume, LayerMajor, Observe, Tick
+from refusal_direction.engine.layer_major import Consume, LayerMajor, Observe, Tick, silent
 from refusal_direction.engine.residency import resident
 from refusal_direction.engine.rows import Candidates, Kind, Row
+from refusal_direction.engine.skeleton import shape_of
 from refusal_direction.errors import UnsupportedModelError
 
-__all__ = ["Candidates", "Engine", "Kind", "Row"]
+__all__ = ["Candidates", "Engine", "Kind", "Row", "Tick", "silent"]
 
 log = logging.getLogger(__name__)
-
-_HOOKED_TOGETHER = 1024
 
 
 class Engine:
@@ -35,9 +34,9 @@ class Engine:
         prompts: the model's inputs for each prompt, a batch of one each.
         batch_size: at most so many rows go through a layer at once; None leaves it to free memory.
         memory: at most so many bytes may be held beside the model; None: as much as pays.
-        kept: of these, what the caller keeps of the results.
-        observed: how many of a prompt's last tokens observers of the baseline look at; None: all, so that nothing that
-            prompts have in common can be run apart.
+        reserved_bytes: of these, what the caller keeps of the results.
+        observed_tokens: how many of a prompt's last tokens observers of the baseline look at; None: all, so that nothing
+            that prompts have in common can be run apart.
     """
 
     def __init__(
@@ -47,16 +46,18 @@ class Engine:
         batch_size: int | None = None,
         *,
         memory: int | None = None,
-        kept: int = 0,
-        observed: int | None = None,
+        reserved_bytes: int = 0,
+        observed_tokens: int | None = None,
     ) -> None:
         self.stream, self.prompts = stream, prompts
-        self.budget = Budget(stream.skeleton.model, stream.layers, batch_size, memory, kept)
+        self.budget = Budget(stream.skeleton.model, stream.layers, batch_size, memory, reserved_bytes)
         self._runner: LayerMajor | Hooked
         with resident(*stream.skeleton.outer, recurse=False):
             self._apart = self._keeps_apart()
             try:
-                self._runner = LayerMajor(stream, prompts, self.budget, observed, together=self._apart)
+                self._runner = LayerMajor(
+                    stream, prompts, self.budget, observed_tokens=observed_tokens, together=self._apart
+                )
             except UnsupportedModelError as error:
                 self._fall_back(str(error))
 
@@ -72,7 +73,7 @@ class Engine:
     @property
     def name(self) -> str:
         """Which engine runs: "layer-major" or "hooked"."""
-        return "layer-major" if isinstance(self._runner, LayerMajor) else "hooked"
+        return self._runner.name
 
     @property
     def dtype(self) -> torch.dtype:
@@ -81,17 +82,17 @@ class Engine:
 
     @property
     def leak(self) -> float:
-        """Largest |x . u| / |x| seen in an ablated stream at a layer's output."""
+        """Largest `share_along` of an ablated stream at a layer's output."""
         return self._runner.leak
 
     @property
     def shared(self) -> int:
         """How many tokens all prompts begin with that are run once for each intervention."""
-        return self._runner.shared if isinstance(self._runner, LayerMajor) else 0
+        return self._runner.shared
 
     def row_bytes(self, rows: Sequence[Row]) -> list[int]:
         """What each row holds in memory while it is under way."""
-        return self._runner.row_bytes(rows) if isinstance(self._runner, LayerMajor) else [0] * len(rows)
+        return self._runner.row_bytes(rows)
 
     def _fall_back(self, reason: str) -> None:
         log.warning("Plain hooked forwards are used, which is slower but exact. %s", reason)
@@ -100,10 +101,7 @@ class Engine:
 
     def parts(self, rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
         """The rows as they go through together: each part is a pass over the weights of its own."""
-        if isinstance(self._runner, LayerMajor):
-            yield from self.budget.chunks(rows, self.row_bytes(rows))
-        else:
-            yield from (rows[begin : begin + _HOOKED_TOGETHER] for begin in range(0, len(rows), _HOOKED_TOGETHER))
+        return self._runner.parts(rows)
 
     def adopt(self, name: str) -> None:
         """Go on as an engine of this name whose first pass has been watched in an earlier run."""
@@ -115,7 +113,7 @@ class Engine:
         self,
         consume: Consume,
         observe: Observe,
-        tick: Tick = lambda done: None,
+        tick: Tick = silent,
         *,
         prompts: Sequence[int] | None = None,
     ) -> None:
@@ -146,13 +144,10 @@ class Engine:
         The prompt also goes through as a row that branches off half-way with nothing added: it must come out alike. It is the
         longest of those that run together with others of their shape, if there are any.
         """
-
-        def shapes(row: Row) -> tuple[torch.Size, ...]:
-            return tuple(tensor.shape for tensor in self.prompts[row.prompt].values())
-
-        alike = Counter(map(shapes, rows))
+        shapes = {row: shape_of(self.prompts[row.prompt]) for row in rows}
+        alike = Counter(shapes.values())
         length = {row: self.prompts[row.prompt]["input_ids"].shape[-1] for row in rows}
-        witness = max(rows, key=lambda row: (alike[shapes(row)] > 1, length[row])).prompt
+        witness = max(rows, key=lambda row: (alike[shapes[row]] > 1, length[row])).prompt
         d_model = self.stream.skeleton.d_model
         nothing = Candidates(torch.zeros(1, d_model), (len(self.stream.layers) // 2,))
         branch = Row(witness, Kind.STEERING, 0)
@@ -167,14 +162,11 @@ class Engine:
         testimony = runner.run(
             [*rows, branch], consume=watch, candidates=nothing, observe=observe, tick=tick, witness=witness
         )
-        if testimony is None:
-            raise AssertionError("the first pass ran without its witness")
+        assert testimony is not None, "the first pass ran without its witness"
         off = torch.stack([logits.to(testimony) - testimony for logits in seen]).abs().max()
         return float(off / testimony.abs().max())  # NaN stays NaN, and is no agreement
 
-    def intervene(
-        self, rows: Sequence[Row], candidates: Candidates, consume: Consume, tick: Tick = lambda done: None
-    ) -> None:
+    def intervene(self, rows: Sequence[Row], candidates: Candidates, consume: Consume, tick: Tick = silent) -> None:
         """Run rows under the interventions of the candidates.
 
         Raises UnsupportedModelError where an ablated stream still holds some of its direction.
@@ -190,8 +182,9 @@ class Engine:
     def depth(self, row: Row, candidates: Candidates | None) -> int:
         """How many layers a row goes through: steered rows branch off at their own, unless forwards are hooked."""
         n_layers = len(self.stream.layers)
-        branches = candidates is not None and row.kind is Kind.STEERING and self.name == "layer-major"
-        return n_layers - candidates.layers[row.candidate] if branches and candidates is not None else n_layers
+        if candidates is None or row.kind is not Kind.STEERING or not self._runner.branches:
+            return n_layers
+        return n_layers - candidates.layers[row.candidate]
 
     def costs(self, rows: Sequence[Row], candidates: Candidates | None) -> list[int]:
         """What each row costs, in tokens (those that are not shared) times layers."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from math import ceil
 from typing import TypeVar
 
 import psutil
@@ -45,7 +46,7 @@ class Budget:
         layers: its decoder layers.
         batch_size: at most so many rows go through a layer at once; None leaves it to free memory.
         memory: at most so many bytes may be held beside the model; None: as much as pays.
-        kept: of these, what the caller keeps of the results.
+        reserved_bytes: of these, what the caller keeps of the results.
     """
 
     def __init__(
@@ -54,9 +55,10 @@ class Budget:
         layers: nn.ModuleList,
         batch_size: int | None = None,
         memory: int | None = None,
-        kept: int = 0,
+        reserved_bytes: int = 0,
     ) -> None:
-        self._model, self._memory, self._batch_size, self.kept = model, memory, batch_size, kept
+        self._model, self._memory, self._batch_size = model, memory, batch_size
+        self.reserved_bytes = reserved_bytes
         self._widest = max(_width(module) for layer in layers for module in layer.modules())
         self._layer_blocks = max(map(blocked_bytes, layers))
         self._vocab = model.config.get_text_config().vocab_size
@@ -74,13 +76,13 @@ class Budget:
         """
         device, itemsize = execution_device(self._model), self._model.dtype.itemsize
         free = free_bytes(device)
-        held += self.kept
+        held += self.reserved_bytes
         memory = free if self._memory is None else min(free, self._memory - held)
         a_token, a_row_of_logits = 8 * self._widest * itemsize, 40 * self._vocab  # with their softmax in float64
         if self._memory is not None and memory < (least := 8 * max(64 * a_token, a_row_of_logits)):
             raise ConfigurationError(
                 f"--memory_budget {self._memory / 2**20:.0f}MiB is too little for this model and these prompts: they need "
-                f"{-(-(held + least) // 2**20)}MiB. Raise it, or take fewer prompts (--n_train, --n_val)."
+                f"{ceil((held + least) / 2**20)}MiB. Raise it, or take fewer prompts (--n_train, --n_val)."
             )
         self.blocks = device.type == "cpu" and self._layer_blocks <= memory // 8
         memory -= self.blocks * self._layer_blocks
@@ -134,7 +136,7 @@ def halving(through: Callable[[slice], None], total: int, budget: Budget, limit:
     begin = 0
     while begin < total:
         left = total - begin
-        tried = -(-left // -(-left // limit()))  # slices of even size: a last one of a few rows would be slow
+        tried = ceil(left / ceil(left / limit()))  # slices of even size: a last one of a few rows would be slow
         try:
             with must_fit(halvable=tried > 1):
                 through(slice(begin, begin + tried))

@@ -1,6 +1,6 @@
 """The fallback engine: the model's own forward under hooks, a microbatch of rows at a time.
 
-Slower than layer-major, and with nothing assumed about what happens between layers. Same interface.
+Slower than layer-major, and with nothing assumed about what happens between layers. The same interface, but no witness.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from refusal_direction.directions import share_along, unit
 from refusal_direction.engine.budget import Budget, halving
 from refusal_direction.engine.interventions import ResidualStream
-from refusal_direction.engine.layer_major import Consume, Observe, Tick
+from refusal_direction.engine.layer_major import Consume, Observe, Tick, silent
 from refusal_direction.engine.rows import Candidates, Kind, Row
-from refusal_direction.engine.skeleton import first
+from refusal_direction.engine.skeleton import hidden_states_of, shape_of
 
 __all__ = ["Hooked"]
+
+_ROWS_IN_A_PART = 1024
 
 
 class Hooked:
@@ -28,6 +30,10 @@ class Hooked:
 
     Rows go `together` unless the model mixes them (`Skeleton.keeps_apart`).
     """
+
+    name = "hooked"
+    branches = False
+    shared = 0
 
     def __init__(
         self,
@@ -40,6 +46,14 @@ class Hooked:
         self.stream, self.prompts, self.budget, self._together = stream, prompts, budget, together
         self.leak = 0.0
 
+    def parts(self, rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+        """As LayerMajor.parts; here they only say how often finished work is kept."""
+        yield from (rows[begin : begin + _ROWS_IN_A_PART] for begin in range(0, len(rows), _ROWS_IN_A_PART))
+
+    def row_bytes(self, rows: Sequence[Row]) -> list[int]:
+        """Nothing is held between microbatches."""
+        return [0] * len(rows)
+
     @torch.no_grad()
     def run(
         self,
@@ -48,7 +62,7 @@ class Hooked:
         consume: Consume,
         candidates: Candidates | None = None,
         observe: Observe | None = None,
-        tick: Tick = lambda done: None,
+        tick: Tick = silent,
     ) -> None:
         """As LayerMajor.run, without a witness: the model's own forward is all there is."""
         for alike in self._alike(rows, candidates):
@@ -75,10 +89,8 @@ class Hooked:
         """Rows of one shape and one kind; steered rows of one layer."""
         together: dict[Any, list[Row]] = {}
         for row in rows:
-            shapes = tuple(tuple(tensor.shape) for tensor in self.prompts[row.prompt].values())
-            steers = candidates is not None and row.kind is Kind.STEERING
-            layer = candidates.layers[row.candidate] if steers and candidates is not None else None
-            together.setdefault((shapes, row.kind, layer), []).append(row)
+            layer = None if candidates is None or row.kind is not Kind.STEERING else candidates.layers[row.candidate]
+            together.setdefault((shape_of(self.prompts[row.prompt]), row.kind, layer), []).append(row)
         yield from together.values()
 
     @contextmanager
@@ -98,7 +110,7 @@ class Hooked:
     @contextmanager
     def _watching_for_leaks(self, u: Tensor) -> Iterator[None]:
         def see(module: nn.Module, args: Any, output: Any) -> None:
-            self.leak = max(self.leak, share_along(first(output), u))
+            self.leak = max(self.leak, share_along(hidden_states_of(output), u))
 
         with ExitStack() as hooks:
             for layer in self.stream.layers:

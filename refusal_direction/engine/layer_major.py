@@ -23,14 +23,14 @@ from refusal_direction.engine.prefix import find_prefix
 from refusal_direction.engine.products import BlockedWeights
 from refusal_direction.engine.residency import resident
 from refusal_direction.engine.rows import Candidates, Kind, Lane, Row, Tables, lay_out
-from refusal_direction.engine.skeleton import LayerCall, Prelude, first, replaced_forwards
+from refusal_direction.engine.skeleton import LayerCall, Prelude, hidden_states_of, replaced_forwards, shape_of
 from refusal_direction.engine.token_wise import last_token, token_wise_child
 from refusal_direction.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-__all__ = ["Consume", "LayerMajor", "Observe", "Tick"]
+__all__ = ["Consume", "LayerMajor", "Observe", "Tick", "silent"]
 
 Consume = Callable[[list[Row], "Float[Tensor, 'row vocab']"], None]
 """Called with rows that have come through, and their logits at the last position."""
@@ -38,6 +38,10 @@ Observe = Callable[[int, list[Row], "Float[Tensor, 'row token d_model']"], None]
 """Called with a layer's index and rows, and the residual stream at the input of that layer."""
 Tick = Callable[[int], object]
 """Called with the number of (row, layer) pairs just done."""
+
+
+def silent(done: int) -> None:
+    """The `Tick` that shows nothing."""
 
 
 @dataclass(frozen=True)
@@ -58,31 +62,37 @@ class LayerMajor:
         stream: the model's residual stream.
         prompts: the model's inputs for each prompt, a batch of one each: input_ids (1, token), attention_mask, ...
         budget: how many rows may go through a layer at once, and how much memory hidden states may take.
-        spared: what observers see of a prompt is at least so many of its last tokens; None: all of them.
+        observed_tokens: observers look at so many of a prompt's last tokens; None: at all of them.
         together: whether prompts can be embedded together (`Skeleton.keeps_apart`).
 
     Raises UnsupportedModelError where layers share mutable state or hold arguments that cannot be followed; the caller
     then falls back to hooked forwards.
     """
 
+    name = "layer-major"
+    branches = True
+    """Whether steered rows start at their own layer."""
+
     def __init__(
         self,
         stream: ResidualStream,
         prompts: Sequence[Mapping[str, Tensor]],
         budget: Budget,
-        spared: int | None = None,
         *,
+        observed_tokens: int | None = None,
         together: bool = True,
     ) -> None:
         self.stream, self.skeleton, self.budget, self._together = stream, stream.skeleton, budget, together
         self.prompts = prompts
         self.leak = 0.0
-        """Largest |x . u| / |x| seen at a layer's output in ablated rows."""
+        """Largest `share_along` at a layer's output in ablated rows."""
         by_shape: dict[Any, list[int]] = {}
         for index, inputs in enumerate(prompts):
-            by_shape.setdefault(tuple(tuple(tensor.shape) for tensor in inputs.values()), []).append(index)
+            by_shape.setdefault(shape_of(inputs), []).append(index)
         with resident(*self.skeleton.outer, recurse=False):
-            self._prefix = None if spared is None else find_prefix(self.skeleton, prompts, spared)
+            self._prefix = (
+                None if observed_tokens is None else find_prefix(self.skeleton, prompts, spared=observed_tokens)
+            )
             self._axes = self._learn_axes(max(range(len(prompts)), key=self._length))
             self._groups = [self._embed(members) for members in by_shape.values()]
             if self._prefix is not None:
@@ -144,7 +154,7 @@ class LayerMajor:
         consume: Consume,
         candidates: Candidates | None = None,
         observe: Observe | None = None,
-        tick: Tick = lambda done: None,
+        tick: Tick = silent,
         witness: int | None = None,
     ) -> Tensor | None:
         """Run rows through the whole model, in as few passes over the weights as memory allows.
@@ -162,10 +172,10 @@ class LayerMajor:
         """
         tables = Tables.of(candidates, self._groups[0].prelude.hidden)
         testimony = None
-        for some in self.budget.chunks(rows, self.row_bytes(rows)):
+        for some in self.parts(rows):
             lanes = list(lay_out(some, self._places, candidates, tables))
             step = self._step(lanes, self._lead(some, lanes, candidates, tables), observe, tick)
-            with self.skeleton.held:  # what was held to learn from has served when the first pass is through
+            with self.skeleton.held:  # layers kept in memory for the probes are released after the first pass
                 if witness is not None and testimony is None:
                     testimony = self._alongside(witness, step)
                 else:
@@ -174,6 +184,10 @@ class LayerMajor:
                             step(index)
             self._finish(lanes, consume)
         return testimony
+
+    def parts(self, rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+        """The rows as they go through together: each part is a pass over the weights of its own."""
+        yield from self.budget.chunks(rows, self.row_bytes(rows))
 
     def row_bytes(self, rows: Sequence[Row]) -> list[int]:
         """What each row holds while it is under way; the first of an intervention also its lead, with keys and values."""
@@ -230,7 +244,7 @@ class LayerMajor:
                 if lead is not None and self._prefix is not None:
                     with must_fit():
                         lead.enter(index, self._groups[lead.group].prelude.hidden, self.budget.rows(self.shared))
-                    self._advance(lead, index, lambda done: None)
+                    self._advance(lead, index, silent)
                     self._prefix.hand_over()
                 for lane in lanes:
                     self._through_layer(lane, index, observe, tick)
@@ -266,7 +280,7 @@ class LayerMajor:
             if self._prefix is not None:
                 self._prefix.serve(lane.leads, rows)
             with self._intervention(lane, index, rows), self._shortcut(index, lane, LayerCall(args, kwargs), rows):
-                output = first(layer(lane.hidden[rows], *args, **kwargs))
+                output = hidden_states_of(layer(lane.hidden[rows], *args, **kwargs))
             lane.hidden[rows] = output
             tick(sum(row is not None for row in lane.rows[rows]))
 

@@ -48,6 +48,12 @@ class Candidates:
     vectors: Float[Tensor, "candidate d_model"]
     layers: tuple[int, ...]
 
+    @classmethod
+    def of(cls, grid: Float[Tensor, "position layer d_model"]) -> Candidates:
+        """A candidate for each position and layer, in (position, layer) order."""
+        n_positions, n_layers, _ = grid.shape
+        return cls(grid.flatten(0, 1), tuple(range(n_layers)) * n_positions)
+
 
 @dataclass(frozen=True)
 class Tables:

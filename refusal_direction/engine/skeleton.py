@@ -27,7 +27,7 @@ from refusal_direction.models.layers import find_layers, other_blocks
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-__all__ = ["LayerCall", "Prelude", "Skeleton", "first", "replaced_forwards"]
+__all__ = ["LayerCall", "Prelude", "Skeleton", "hidden_states_of", "replaced_forwards", "shape_of"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class LayerCall:
     @torch.no_grad()
     def __call__(self, layer: Callable[..., Any], hidden: Tensor, *, private: bool = True) -> Tensor:
         """Run a layer on hidden states; unless `private`, what it leaves in shared mappings stays there."""
-        return first(self.output(layer, hidden, private=private))
+        return hidden_states_of(self.output(layer, hidden, private=private))
 
     def in_float32(self) -> LayerCall:
         """The same call with its floating-point tensors in float32."""
@@ -93,9 +93,14 @@ class _Recorded(Exception):
     """Ends a prelude once the last layer's call is known: the final norm and the head are not needed."""
 
 
-def first(output: Any) -> Tensor:
+def hidden_states_of(output: Any) -> Tensor:
     """The hidden states in a layer's output, which is a tensor or a tuple that starts with it."""
     return output[0] if isinstance(output, tuple) else output
+
+
+def shape_of(inputs: Mapping[str, Tensor]) -> tuple[torch.Size, ...]:
+    """What prompts must have in common to share a batch."""
+    return tuple(tensor.shape for tensor in inputs.values())
 
 
 @contextmanager
@@ -246,7 +251,7 @@ class Skeleton:
         """
         by_shape: dict[Any, Mapping[str, Tensor]] = {}
         for inputs in prompts:
-            other = by_shape.setdefault(tuple(tuple(tensor.shape) for tensor in inputs.values()), inputs)
+            other = by_shape.setdefault(shape_of(inputs), inputs)
             images = [name for name, tensor in inputs.items() if tensor.is_floating_point()]
             if any(not torch.equal(inputs[name], other[name]) for name in images or inputs):
                 together = self.prelude({name: torch.cat([inputs[name], other[name]]) for name in inputs}).hidden[0]

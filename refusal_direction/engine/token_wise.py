@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from refusal_direction.engine.skeleton import LayerCall, first
+from refusal_direction.engine.skeleton import LayerCall, hidden_states_of
 
 __all__ = ["last_token", "token_wise_child"]
 
@@ -46,7 +46,7 @@ def _outputs(
 
     handles = [
         child.register_forward_pre_hook(before),
-        child.register_forward_hook(lambda module, args, output: seen.append(first(output))),
+        child.register_forward_hook(lambda module, args, output: seen.append(hidden_states_of(output))),
     ]
     try:
         output = call(layer, hidden)

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from refusal_direction.metrics import Measure
 from refusal_direction.search.plan import Hints, first_round, next_round
-from refusal_direction.search.table import Cell, Measure, Table
+from refusal_direction.search.table import Cell, Table
 from refusal_direction.search.verdicts import Conditions, Judgement, judge
 from refusal_direction.selection import Fate
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float
     from torch import Tensor
 
-__all__ = ["Cell", "Conditions", "Found", "Hints", "Measure", "search"]
+__all__ = ["Ask", "Cell", "Conditions", "Found", "Hints", "search"]
 
 Ask = Callable[[Sequence[Cell]], Iterable[float]]
 """Measures what the cells stand for: each call is a pass over the weights. Cells come sorted by candidate and measure."""
@@ -83,8 +84,7 @@ def search(
 
 
 def _measure(table: Table, cells: Sequence[Cell], ask: Ask) -> None:
-    if not cells:
-        raise AssertionError("the search has nothing to measure, and yet nothing proven")
+    assert cells, "the search has nothing to measure, and yet nothing proven"
     order = list(Measure)
     cells = sorted(cells, key=lambda cell: (cell.candidate, order.index(cell.measure)))
     table.enter(cells, ask(cells))

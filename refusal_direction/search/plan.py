@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from refusal_direction.search.table import Cell, Measure, Table
+from refusal_direction.metrics import Measure
+from refusal_direction.search.table import Cell, Table
 from refusal_direction.search.verdicts import Conditions, Judgement
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def first_round(table: Table, conditions: Conditions, judgement: Judgement, hint
 
 
 def _least_share(floors: Float[Tensor, "prompt"], limit: float) -> float:
-    """Of the prompts, so many at least must be measured to drop a candidate by costs that reach from floor to minus floor."""
+    """The least share of prompts that must be measured to drop a candidate whose costs lie between floor and -floor."""
     floor = float(floors.mean())
     return (limit - floor) / (-2 * floor) if floor < 0 else 1.0
 
@@ -147,7 +148,9 @@ class _Planner:
     def __init__(self, table: Table, conditions: Conditions, judgement: Judgement, hints: Hints) -> None:
         self.table, self.conditions, self.judgement, self.depth = table, conditions, judgement, hints.depth
         self.forecasts = _forecasts(table, hints)
-        self.ablation, self.kl, self.steering = (forecast.means for forecast in self.forecasts.values())
+        self.ablation, self.kl, self.steering = (
+            self.forecasts[measure].means for measure in (Measure.ABLATION, Measure.KL, Measure.STEERING)
+        )
         n_prompts = max(map(len, table.floors.values()))
         self.least = ceil(n_prompts / max(1, len(judgement.open)))  # a round of a few cells is not worth a pass
         self.leader = self._leader()

@@ -8,32 +8,20 @@ the rest.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+
+from refusal_direction.metrics import Measure
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
     from torch import Tensor
 
-__all__ = ["SLACK", "Cell", "Measure", "Table"]
+__all__ = ["SLACK", "Cell", "Table"]
 
 SLACK = 1e-4
 """The least by which bounds are lowered, more than rounding raises them in float32. Complete means are exact."""
-
-
-class Measure(Enum):
-    """What a candidate is scored by."""
-
-    ABLATION = "ablation"
-    KL = "kl"
-    STEERING = "steering"
-
-    @property
-    def sign(self) -> int:
-        """Times the score: the cost. A candidate should steer to a high score, and be low in the other two."""
-        return -1 if self is Measure.STEERING else 1
 
 
 class Cell(NamedTuple):
@@ -65,7 +53,7 @@ class Table:
         """By how much bounds are lowered: more than rounding could have raised them."""
 
     def enter(self, cells: Sequence[Cell], scores: Iterable[float]) -> None:
-        """Take down what was measured; NaN is a score, too."""
+        """Record what was measured; NaN is a score, too."""
         for (candidate, measure, prompt), score in zip(cells, scores, strict=True):
             self.scores[measure][candidate, prompt] = score
             self.known[measure][candidate, prompt] = True
@@ -80,7 +68,7 @@ class Table:
         return [Cell(candidate, measure, prompt) for prompt in prompts]
 
     def costs(self, measure: Measure) -> Float[Tensor, "candidate prompt"]:
-        """NaN where not measured."""
+        """Scores times the measure's sign; NaN where not measured."""
         return measure.sign * self.scores[measure]
 
     def complete(self, measure: Measure) -> Bool[Tensor, "candidate"]:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from refusal_direction.search.table import Measure, Table
+from refusal_direction.metrics import Measure
+from refusal_direction.search.table import Table
 from refusal_direction.selection import Fate
 
 if TYPE_CHECKING:
