@@ -130,6 +130,7 @@ def ours(case: Case) -> dict[str, Any]:
         finalists,
         WHOLE,
         float(baseline.refusal[kept["harmless_val"]].mean()),
+        n_layers=means.shape[1],
     )
     return {
         "ablation": scores.ablation,
@@ -225,6 +226,7 @@ class Naive:
             finalists,
             self.thresholds,
             float(refusal_score(before, self.tokens).mean()),
+            n_layers=n_layers,
         )
         return {
             "ablation": ablation,

@@ -7,6 +7,7 @@ place by the next run or `load_direction`. Never a half-written file, never file
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -14,7 +15,7 @@ import pickle
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from hashlib import sha256
@@ -23,18 +24,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from refusal_direction import processes
 from refusal_direction.config import TEXT, VISION, Rules
-from refusal_direction.engine.residency import execution_device
 from refusal_direction.errors import OutputError
 from refusal_direction.metrics import Measure
+from refusal_direction.models.placement import execution_device
 from refusal_direction.pipeline import Direction
 
 if TYPE_CHECKING:
     from refusal_direction.choice import Choice
     from refusal_direction.pipeline import Extraction
+    from refusal_direction.prompts import Prompt
 
 __all__ = ["SCHEMA_VERSION", "check_writable", "file_names", "load_direction", "write"]
 
@@ -50,7 +52,7 @@ _COMMITTED = ".committed"
 _STAGING = ".staging-"
 
 
-def file_name(name: str, rules: Rules) -> str:
+def _file_name(name: str, rules: Rules) -> str:
     """The specification's files of the vision-language pipeline end in _vlm."""
     stem, dot, suffix = name.partition(".")
     return f"{stem}_vlm{dot}{suffix}" if rules.images and name in _SPECIFIED else name
@@ -58,13 +60,14 @@ def file_name(name: str, rules: Rules) -> str:
 
 def file_names(rules: Rules) -> tuple[str, ...]:
     """The files that a run writes."""
-    return tuple(file_name(name, rules) for name in (*_SPECIFIED, *_COMPANIONS))
+    return tuple(_file_name(name, rules) for name in (*_SPECIFIED, *_COMPANIONS))
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path, rules: Rules) -> None:
     """Find out before the work, not after it. Also finishes what an interrupted run had committed.
 
-    Raises OutputError.
+    Raises OutputError where the folder cannot be written, or holds the results of the other pipeline: of the two, run.json
+    could only be one's.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -73,10 +76,19 @@ def check_writable(folder: Path) -> None:
         for abandoned in folder.glob(f"{_STAGING}*"):  # by a run that was killed
             shutil.rmtree(abandoned, ignore_errors=True)
         _move_into_place(folder)
+        others = [other for other in _kinds(folder) if other.images != rules.images]
     except OSError as error:
         raise OutputError(
             f"{folder} cannot be written ({error.strerror}). Choose another --output_dir, or change its permissions."
         ) from error
+    if others:
+        found = "images with text" if others[0].images else "text"
+        raise OutputError(f"{folder} holds the results of a run on {found}. Choose another --output_dir.")
+
+
+def _kinds(folder: Path) -> list[Rules]:
+    """Of which pipelines there are results in the folder."""
+    return [rules for rules in (TEXT, VISION) if (folder / _file_name("direction_metadata.json", rules)).exists()]
 
 
 def write(extraction: Extraction, folder: Path) -> None:
@@ -84,13 +96,14 @@ def write(extraction: Extraction, folder: Path) -> None:
 
     Raises OutputError, leaving the old set as it was, where the disk is full or the folder cannot be written.
     """
-    check_writable(folder)
+    check_writable(folder, extraction.config.rules)
     staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=folder))
     try:
-        for name, save in _writers(extraction).items():
-            save(staging / name)
-            (staging / name).chmod(0o666 & ~_umask())  # safetensors keeps its files to their owner
-            _sync(staging / name)
+        for name, content in _contents(extraction).items():
+            with (staging / name).open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(staging, folder / _COMMITTED)
     except OSError as error:
         raise OutputError(
@@ -107,17 +120,6 @@ def write(extraction: Extraction, folder: Path) -> None:
         ) from error
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
 def _move_into_place(folder: Path) -> None:
     committed = folder / _COMMITTED
     if not committed.exists():
@@ -130,23 +132,27 @@ def _move_into_place(folder: Path) -> None:
     committed.rmdir()
 
 
-def _writers(extraction: Extraction) -> dict[str, Callable[[Path], None]]:
-    vector, candidates = extraction.direction.vector, extraction.candidates.float().contiguous()
-    writers: dict[str, Callable[[Path], None]] = {
-        "refusal_direction.pt": lambda path: torch.save(vector, path),
-        "candidate_directions.pt": lambda path: torch.save(candidates, path),
-        "direction_metadata.json": lambda path: _dump(_metadata(extraction), path),
-        "all_direction_scores.json": lambda path: _dump(_scores(extraction), path),
-        "run.json": lambda path: _dump(_run(extraction), path),
-        "per_prompt_scores.safetensors": lambda path: _save_per_prompt(extraction, path),
+def _contents(extraction: Extraction) -> dict[str, bytes]:
+    """What is in each file. Files are written by Python alone, so that a full disk is one kind of error."""
+    contents = {
+        "refusal_direction.pt": _pickled(extraction.direction.vector),
+        "candidate_directions.pt": _pickled(extraction.candidates.float().contiguous()),
+        "direction_metadata.json": _json(_metadata(extraction)),
+        "all_direction_scores.json": _json(_scores(extraction)),
+        "run.json": _json(_run(extraction)),
+        "per_prompt_scores.safetensors": _per_prompt(extraction),
     }
-    return {file_name(name, extraction.config.rules): save for name, save in writers.items()}
+    return {_file_name(name, extraction.config.rules): content for name, content in contents.items()}
 
 
-def _dump(content: Any, path: Path) -> None:
-    path.write_text(
-        json.dumps(_jsonable(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
-    )
+def _pickled(tensor: torch.Tensor) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(tensor, buffer)
+    return buffer.getvalue()
+
+
+def _json(content: Any) -> bytes:
+    return (json.dumps(_jsonable(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def _jsonable(content: Any) -> Any:
@@ -239,7 +245,7 @@ def _run(extraction: Extraction) -> dict[str, Any]:
             name: {
                 "drawn": len(members),
                 "kept": len(extraction.kept[name]),
-                "sha256": _digest(extraction.prompts.everything[index].text for index in members),
+                "sha256": _digest([extraction.prompts.everything[index] for index in members]),
                 "ids": [extraction.prompts.everything[index].id for index in members],
                 "kept_ids": [extraction.prompts.everything[index].id for index in extraction.kept[name]],
                 "baseline_refusal": _mean(baseline.refusal, extraction.kept[name]),
@@ -262,8 +268,13 @@ def _mean(values: torch.Tensor, members: list[int]) -> float:
     return float(values[members].mean())
 
 
-def _digest(texts: Iterable[str]) -> str:
-    return sha256("\0".join(texts).encode()).hexdigest()
+def _digest(prompts: Sequence[Prompt]) -> str:
+    """Of their texts, and then of their images."""
+    content = sha256("\0".join(prompt.text for prompt in prompts).encode())
+    for prompt in prompts:
+        if prompt.image is not None:
+            content.update(f"{prompt.image.size}".encode() + prompt.image.tobytes())
+    return content.hexdigest()
 
 
 def _versions() -> dict[str, str | None]:
@@ -276,15 +287,14 @@ def _versions() -> dict[str, str | None]:
     return found
 
 
-def _save_per_prompt(extraction: Extraction, path: Path) -> None:
+def _per_prompt(extraction: Extraction) -> bytes:
     """Tensors (candidate, prompt); candidates in (position, layer) order; the prompts' ids stand in the metadata.
 
     NaN where not measured.
     """
     scores, everything, kept = extraction.scores, extraction.prompts.everything, extraction.kept
-    save_file(
-        {"ablation_refusal": scores.ablation, "steering_refusal": scores.steering, "kl_div": scores.kl},
-        path,
+    return save(
+        {measure.value: scores.of(measure) for measure in Measure},
         metadata={
             "harmful_ids": json.dumps([everything[index].id for index in kept["harmful_val"]]),
             "harmless_ids": json.dumps([everything[index].id for index in kept["harmless_val"]]),
@@ -297,21 +307,22 @@ def _save_per_prompt(extraction: Extraction, path: Path) -> None:
 
 
 def load_direction(folder: str | Path = "artifacts") -> Direction:
-    """The direction that a run left in `folder`.
+    """The direction that a run left in `folder`, its --output_dir.
 
-    Raises OutputError where there is none.
+    Raises OutputError where there is none, or it cannot be read.
     """
     folder = Path(folder)
     try:
         _move_into_place(folder)
-        kinds = [rules for rules in (TEXT, VISION) if (folder / file_name("direction_metadata.json", rules)).exists()]
-        rules = kinds[0] if kinds else TEXT
-        metadata = json.loads((folder / file_name("direction_metadata.json", rules)).read_text(encoding="utf-8"))
-        vector = torch.load(folder / file_name("refusal_direction.pt", rules), weights_only=True)
+        rules = next(iter(_kinds(folder)), TEXT)
+        metadata = json.loads((folder / _file_name("direction_metadata.json", rules)).read_text(encoding="utf-8"))
+        vector = torch.load(folder / _file_name("refusal_direction.pt", rules), weights_only=True)
+        return Direction(vector, metadata["layer"], metadata["position"], metadata["model_id"])
     except OSError as error:
         raise OutputError(
             f"{folder} holds no refusal direction ({error.strerror}: {error.filename}). Run extract_refusal_direction.py first."
         ) from error
-    except (ValueError, pickle.UnpicklingError) as error:
-        raise OutputError(f"{folder} holds a refusal direction that cannot be read ({error}). Make it anew.") from error
-    return Direction(vector, metadata["layer"], metadata["position"], metadata["model_id"])
+    except (ValueError, LookupError, TypeError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise OutputError(
+            f"{folder} holds a refusal direction that cannot be read ({type(error).__name__}: {error}). Make it anew."
+        ) from error

@@ -10,15 +10,15 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
 
 from refusal_direction.config import UNFINISHED, Config
 from refusal_direction.models.chat import ChatModel
@@ -30,6 +30,7 @@ __all__ = ["Checkpoints", "fingerprint", "forget"]
 
 log = logging.getLogger(__name__)
 
+_SAMPLED = 256  # elements of each weight that tell a model from another
 _FORM = 1  # of what is kept; another one is not read
 
 
@@ -37,8 +38,19 @@ def fingerprint(config: Config, chat: ChatModel, inputs: Sequence[Mapping[str, T
     """What the numbers of a run depend on. Thresholds do not matter: what is kept are scores, not decisions."""
     versions = [torch.__version__, transformers.__version__, _FORM]
     tensors = (tensor for one in inputs for _, tensor in sorted(one.items()))
-    weights = [vars(config.model), chat.revision, _files(Path(config.model.model_id)), str(chat.model.dtype)]
-    return digest(versions, weights, str(chat.model.device.type), tokens.ids, chat.n_positions, *tensors)
+    source = config.model
+    files = [_files(Path(name)) for name in (source.model_id, source.adapter) if name is not None]
+    weights = [vars(source), chat.revision, files, str(chat.model.dtype)]
+    settings = [str(chat.model.device.type), tokens.ids, chat.n_positions]
+    return digest(versions, weights, settings, *_samples(chat.model), *tensors)
+
+
+def _samples(model: nn.Module) -> Iterator[Tensor]:
+    """Some elements of each weight in memory: a model that was trained further is another one."""
+    for weight in model.parameters():
+        if not weight.is_meta:
+            flat = weight.detach().flatten()
+            yield flat[:: max(1, flat.numel() // _SAMPLED)].cpu()
 
 
 def _files(folder: Path) -> list[tuple[str, int, int]]:
@@ -61,10 +73,10 @@ class Checkpoints:
     def __init__(self, output_dir: Path, fingerprint: str, *, resume: bool) -> None:
         self._all = output_dir / UNFINISHED
         self._folder = self._all / fingerprint[:32]
+        self._full = False
         if resume and not self._folder.is_dir():
-            different = (
-                " What is kept there is of another model, other prompts or another setting." * self._all.is_dir()
-            )
+            other = " What is kept there is of another model, other prompts or another setting."
+            different = other if self._all.is_dir() else ""
             log.warning("There is nothing to resume in %s; starting anew.%s", output_dir, different)
         if not resume and rank() == 0:
             forget(output_dir)
@@ -82,14 +94,22 @@ class Checkpoints:
             return None
 
     def save(self, key: str, part: Mapping[str, Tensor]) -> None:
-        """Keep a finished part; a crash leaves it whole or absent."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        """Keep a finished part; a crash leaves it whole or absent. Where there is no room the run goes on without."""
+        if self._full:
+            return
         path = self._folder / f"{key}.safetensors"
         half = path.with_suffix(f".{os.getpid()}.half")
-        save_file({name: tensor.contiguous() for name, tensor in part.items()}, half)
-        with half.open("rb") as file:
-            os.fsync(file.fileno())
-        half.replace(path)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with half.open("wb") as file:
+                file.write(save({name: tensor.contiguous() for name, tensor in part.items()}))
+                file.flush()
+                os.fsync(file.fileno())
+            half.replace(path)
+        except OSError as error:
+            self._full = True
+            half.unlink(missing_ok=True)
+            log.warning("Finished parts cannot be kept for --resume (%s); the run goes on without.", error)
 
 
 def forget(output_dir: Path) -> None:

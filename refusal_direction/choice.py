@@ -149,7 +149,7 @@ def _by_kl_first(sweeps: Sweeps, config: Config, top_k: int | None) -> _Outcome:
     rest = sweeps.rows(ALL - {Measure.KL}, everyone if top_k is None else finalists)
     sweeps.run("Sweep 3: ablation and steering", rest)
     means, baseline = sweeps.means(), _harmless_baseline(sweeps.setting)
-    chosen = select_survivor(means, finalists, config.thresholds, baseline)
+    chosen = select_survivor(means, finalists, config.thresholds, baseline, n_layers=n_layers, null=_null(sweeps))
     strict = all(means[i].kl_div <= config.thresholds.kl and means[i].layer < sweeps.limit for i in finalists)
     steering = baseline + config.thresholds.induce
     steering = steering if any(means[i].steering_refusal >= steering for i in finalists) else -inf

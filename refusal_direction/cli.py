@@ -6,8 +6,8 @@ Exit codes: 0 done; 2 an error the user can mend (see errors.py); 130 interrupte
 from __future__ import annotations
 
 import argparse
+import io
 import logging
-import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +21,6 @@ from refusal_direction import processes
 from refusal_direction.config import (
     TEXT,
     UNFINISHED,
-    VISION,
     VISION_CONFIG,
     Config,
     ModelSource,
@@ -115,7 +114,7 @@ def _add_method(group: argparse._ArgumentGroup, defaults: Config) -> None:
     fewer = f"exhaustive: score them all; pruned: choose alike with less work (default: {searches[0]})"
     add("search", choices=searches, help=fewer)
     if defaults.rules.images:
-        add("top_k_candidates", type=int, default=VISION.top_k, metavar="K", help="score so many of lowest KL")
+        add("top_k_candidates", type=int, default=defaults.rules.top_k, metavar="K", help="score so many of lowest KL")
 
 
 def _add_output(group: argparse._ArgumentGroup, defaults: Config) -> None:
@@ -130,17 +129,6 @@ def config_from(arguments: argparse.Namespace, rules: Rules = TEXT) -> Config:
 
     Raises ConfigurationError where a value makes no sense.
     """
-    for name in ("batch_size", "n_train", "n_val", "top_k_candidates"):
-        value = getattr(arguments, name, None)
-        if value is not None and value < 1:
-            raise ConfigurationError(f"--{name} {value}: must be at least 1.")
-    for name in ("kl_threshold", "induce_threshold"):
-        if not math.isfinite(getattr(arguments, name)):
-            raise ConfigurationError(f"--{name} {getattr(arguments, name)}: must be a finite number.")
-    if not 0 <= arguments.prune_layers < 1:
-        raise ConfigurationError(f"--prune_layers {arguments.prune_layers}: must be at least 0 and below 1.")
-    if arguments.refusal_tokens and arguments.calibrate_refusal:
-        raise ConfigurationError("--refusal_tokens and --calibrate_refusal exclude each other: give one.")
     if rules.images:
         rules = replace(rules, top_k=arguments.top_k_candidates)
     return Config(
@@ -161,10 +149,13 @@ def config_from(arguments: argparse.Namespace, rules: Rules = TEXT) -> Config:
 
 
 def _bytes(size: str) -> int:
-    """A size with its unit, in bytes; argparse explains a ValueError."""
+    """A size with its unit, in bytes."""
     from accelerate.utils.modeling import convert_file_size_to_int
 
-    return int(convert_file_size_to_int(size))
+    try:
+        return int(convert_file_size_to_int(size))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{size!r} is no size: give a number and a unit, as 512MiB or 4GB") from error
 
 
 _Part = TypeVar("_Part", ModelSource, PromptSource)
@@ -208,7 +199,7 @@ def _run(config: Config) -> None:
     processes.join()
     first = processes.rank() == 0
     if first:
-        artifacts.check_writable(config.output_dir)
+        artifacts.check_writable(config.output_dir, config.rules)
     extraction: Extraction = extract(
         config.model.model_id, config, progress=_bar if first else None, unfinished=config.output_dir
     )
@@ -228,8 +219,11 @@ def _inspect(config: Config) -> None:
     print(report.inspection(inspect(config)))
 
 
-def _quiet_libraries() -> None:
+def _set_up_output() -> None:
     """Only what concerns the user: our warnings, and no bars of the libraries where output is no terminal."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that knows no ± is no reason to lose the table
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("Warning: %(message)s"))
     if processes.rank() > 0:  # the first says it
@@ -261,24 +255,30 @@ def _task(argv: Sequence[str]) -> tuple[Callable[[Config], None], Sequence[str]]
     return _inspect, ["--model_id", *rest] if named else rest
 
 
-def _kept(config: Config | None) -> list[str]:
-    """What to say of the sweeps that were finished before an error."""
-    if config is None or not (config.output_dir / UNFINISHED).exists():
-        return []
-    return ["What was measured is kept: with --resume and other thresholds it need not be measured again."]
+def _finished(config: Config) -> set[tuple[Path, int]]:
+    """The finished parts of a run that has not ended, and when each was finished."""
+    return {(path, path.stat().st_mtime_ns) for path in (config.output_dir / UNFINISHED).rglob("*.safetensors")}
 
 
 def _main(argv: Sequence[str] | None, defaults: Config) -> int:
-    config: Config | None = None
+    config, before = None, set[tuple[Path, int]]()
     try:
         if defaults.rules.images:
             defaults = _sample_sizes_from_environment(defaults)
         task, flags = _task(sys.argv[1:] if argv is None else argv)
         config = config_from(parser(defaults).parse_args(flags), defaults.rules)
-        _quiet_libraries()
+        before = _finished(config)
+        _set_up_output()
         task(config)
+        sys.stdout.flush()
+    except BrokenPipeError:  # as by `| head`: whoever reads has seen enough, and results are written
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except RefusalDirectionError as error:
-        print(f"Error: {error}", *_kept(config), sep="\n", file=sys.stderr)
+        print(f"Error: {error}", file=sys.stderr)
+        if config is not None and _finished(config) - before:
+            print(
+                "What was measured is kept: --resume goes on from there, also with other thresholds.", file=sys.stderr
+            )
         return 2
     except KeyboardInterrupt:
         print(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from refusal_direction.errors import ConfigurationError
 
 __all__ = [
     "DEMO_MODEL",
@@ -23,6 +26,17 @@ UNFINISHED = ".unfinished"
 
 DEMO_MODEL = "demo"
 """The model id of the small model that ships with the project; its prompts come with it."""
+
+
+def _require(holds: bool, name: str, value: object, what: str) -> None:
+    """Raise ConfigurationError in terms of the command line, whose flags have the fields' names."""
+    if not holds:
+        raise ConfigurationError(f"--{name} {value}: must be {what}.")
+
+
+def _at_least_one(**counts: int | None) -> None:
+    for name, count in counts.items():
+        _require(count is None or count >= 1, name, count, "at least 1")
 
 
 @dataclass(frozen=True)
@@ -66,6 +80,9 @@ class PromptSource:
     """Own harmful prompts, instead of the published splits."""
     harmless: Path | None = None
 
+    def __post_init__(self) -> None:
+        _at_least_one(n_train=self.n_train, n_val=self.n_val)
+
 
 @dataclass(frozen=True)
 class Thresholds:
@@ -77,6 +94,11 @@ class Thresholds:
     """Discard candidates whose mean steering score is smaller."""
     prune_layers: float = 0.2
     """Discard candidates from this last fraction of the layers."""
+
+    def __post_init__(self) -> None:
+        _require(math.isfinite(self.kl), "kl_threshold", self.kl, "a finite number")
+        _require(math.isfinite(self.induce), "induce_threshold", self.induce, "a finite number")
+        _require(0 <= self.prune_layers < 1, "prune_layers", self.prune_layers, "at least 0 and below 1")
 
 
 @dataclass(frozen=True)
@@ -97,6 +119,9 @@ class Rules:
     """The steering threshold counts from the baseline's mean, and is waived where no candidate reaches it."""
     searches: tuple[str, ...]
     """How the selected candidate can be found, the default first."""
+
+    def __post_init__(self) -> None:
+        _at_least_one(top_k_candidates=self.top_k)
 
 
 TEXT = Rules(
@@ -121,7 +146,10 @@ VISION = Rules(
 
 @dataclass(frozen=True)
 class Config:
-    """One run."""
+    """One run.
+
+    Raises ConfigurationError, as its parts do, where a value makes no sense.
+    """
 
     rules: Rules = TEXT
     model: ModelSource = field(default_factory=ModelSource)
@@ -145,6 +173,13 @@ class Config:
     """Go on from what an earlier run of the same kind had finished."""
     sanity: bool = False
     """Show completions under the baseline, ablation and steering at the end."""
+
+    def __post_init__(self) -> None:
+        _at_least_one(batch_size=self.batch_size, memory_budget=self.memory_budget)
+        if isinstance(self.refusal_tokens, str):
+            raise ConfigurationError(f"refusal_tokens: give a tuple of tokens, as ({self.refusal_tokens!r},).")
+        if self.refusal_tokens and self.calibrate_refusal:
+            raise ConfigurationError("--refusal_tokens and --calibrate_refusal exclude each other: give one.")
 
 
 VISION_CONFIG = Config(

@@ -1,8 +1,8 @@
-"""Every error a user can cause, each with what happened and what to do.
+"""Every error that the command line explains, each with what happened and what to do.
 
     RefusalDirectionError
     ├── ConfigurationError         a flag or argument that cannot be used
-    ├── OutputError                the output folder cannot be written
+    ├── OutputError                the output folder cannot be written, or holds no result that can be read
     ├── PromptError
     │   ├── PromptFileError        a prompt file is missing, empty or malformed
     │   ├── DownloadError          the published splits could not be fetched or verified
@@ -11,12 +11,13 @@
     │   ├── ModelAccessError       gated, unknown, or out of reach
     │   ├── TokenizerError         the tokenizer maps text to nothing useful
     │   ├── ChatTemplateError      no chat template, or one that cannot be used
-    │   ├── RefusalTokenError      refusal tokens that are not in the vocabulary
-    │   └── UnsupportedModelError  the residual stream of this model could not be found
+    │   ├── RefusalTokenError      refusal tokens that are not in the vocabulary, or that calibration does not find
+    │   └── UnsupportedModelError  a model on which the method cannot be run soundly
     ├── NoCandidateError           no candidate direction passes every condition
-    └── OutOfMemoryError           not even one row fits
+    └── OutOfMemoryError           the weights, or not even one row beside them, do not fit
 
 The command line prints these and exits with 2; any other exception is a bug and keeps its traceback.
+From Python `ablated` and `steered` also raise ValueError, TypeError or IndexError for arguments that cannot be used.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class ConfigurationError(RefusalDirectionError):
 
 
 class OutputError(RefusalDirectionError):
-    """The output folder cannot be written."""
+    """The output folder cannot be written, or holds no result that can be read."""
 
 
 class PromptError(RefusalDirectionError):
@@ -85,11 +86,11 @@ class ChatTemplateError(ModelError):
 
 
 class RefusalTokenError(ModelError):
-    """Refusal tokens that are not in the vocabulary."""
+    """Refusal tokens that are not in the vocabulary, or that calibration does not find."""
 
 
 class UnsupportedModelError(ModelError):
-    """The residual stream of this model could not be found, so no result would be trustworthy."""
+    """A model on which the method cannot be run soundly: no result would be trustworthy."""
 
 
 class NoCandidateError(RefusalDirectionError):
@@ -97,4 +98,4 @@ class NoCandidateError(RefusalDirectionError):
 
 
 class OutOfMemoryError(RefusalDirectionError):
-    """Not even one row fits into memory."""
+    """The weights, or not even one row beside them, do not fit into memory."""

@@ -21,10 +21,10 @@ from torch import Tensor
 from refusal_direction.choice import search_name
 from refusal_direction.config import Config
 from refusal_direction.engine import Candidates, Engine, Kind, Row
-from refusal_direction.engine.residency import execution_device
 from refusal_direction.memory import peak_bytes
 from refusal_direction.metrics import Measure, kl_divergence, refusal_score
 from refusal_direction.models.chat import ChatModel
+from refusal_direction.models.placement import execution_device
 from refusal_direction.models.refusal_tokens import RefusalTokens
 from refusal_direction.pipeline import Prepared, prepare
 from refusal_direction.prompts.sets import PromptSets
@@ -80,8 +80,7 @@ def inspect(config: Config) -> Inspection:
 
     Raises RefusalDirectionError where a run would, before its first sweep.
     """
-    seconds: dict[str, float] = {}
-    ready = prepare(config, seconds=seconds)
+    ready = prepare(config)
     stream = ready.engine.stream
     sites = Counter(tuple(site.module for site in layer) for layer in stream.writes)
     sweeps = _sweeps(ready, config)
@@ -96,7 +95,7 @@ def inspect(config: Config) -> Inspection:
         d_model=stream.skeleton.d_model,
         shared=ready.engine.shared,
         rows={name: len(rows) for name, rows in sweeps.items()},
-        cost=_cost(ready, sweeps, sum(seconds.values())),
+        cost=_cost(ready, sweeps, sum(ready.seconds.values())),
     )
 
 

@@ -1,4 +1,4 @@
-"""This process's memory: its peak on the device that computes, and what it keeps of what is freed."""
+"""Memory: what is free, this process's peak on the device that computes, and what it keeps of what is freed."""
 
 from __future__ import annotations
 
@@ -8,10 +8,18 @@ import sys
 import psutil
 import torch
 
-__all__ = ["keep_freed", "peak_bytes"]
+__all__ = ["free_bytes", "keep_freed", "peak_bytes"]
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # in glibc's malloc.h
 _LARGEST = 2**31 - 1
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be taken on the device."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return psutil.virtual_memory().available
 
 
 def peak_bytes(device: torch.device) -> int:

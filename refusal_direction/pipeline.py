@@ -19,13 +19,19 @@ from refusal_direction.choice import Choice, choose, search_name
 from refusal_direction.config import VISION_CONFIG, Config
 from refusal_direction.directions import mean_difference
 from refusal_direction.engine import Engine
-from refusal_direction.engine.interventions import ResidualStream
-from refusal_direction.engine.residency import execution_device
-from refusal_direction.errors import PromptError, TokenizerError, TooFewPromptsError, UnsupportedModelError
+from refusal_direction.engine.interventions import ResidualStream, eagerly, intervened
+from refusal_direction.errors import (
+    ConfigurationError,
+    PromptError,
+    TokenizerError,
+    TooFewPromptsError,
+    UnsupportedModelError,
+)
 from refusal_direction.memory import peak_bytes
 from refusal_direction.models import refusal_tokens
 from refusal_direction.models.chat import ChatModel
 from refusal_direction.models.loading import load
+from refusal_direction.models.placement import execution_device
 from refusal_direction.models.refusal_tokens import Mass, RefusalTokens
 from refusal_direction.models.vision import VisionChatModel
 from refusal_direction.prompts.sets import PromptSets
@@ -128,9 +134,9 @@ def extract(
     """
     config, chat = _resolve(model, config)
     search_name(config)  # an unknown search is found out before the work
-    clock = _Clock()
-    with recorded_warnings() as warnings:
-        ready = prepare(config, chat=chat, prompts=prompts, seconds=clock.seconds, progress=progress is not None)
+    with _recorded_warnings() as warnings, _left_alone(chat):
+        ready = prepare(config, chat=chat, prompts=prompts, progress=progress is not None)
+        clock = _Clock(dict(ready.seconds))
         progress = progress or _silent
         chat, prompts, tokens, engine = ready.chat, ready.prompts, ready.tokens, ready.engine
         store = NOWHERE if unfinished is None else _checkpoints(unfinished, config, ready)
@@ -168,6 +174,8 @@ class Prepared:
     prompts: PromptSets
     tokens: RefusalTokens
     engine: Engine
+    seconds: dict[str, float]
+    """Wall time of gathering prompts, and of loading and looking at the model."""
 
 
 def prepare(
@@ -175,7 +183,6 @@ def prepare(
     *,
     chat: ChatModel | None = None,
     prompts: PromptSets | None = None,
-    seconds: dict[str, float],
     progress: bool = False,
 ) -> Prepared:
     """Gather prompts, load the model, find its residual stream and its refusal tokens.
@@ -184,10 +191,9 @@ def prepare(
         config: names the model and the prompts.
         chat: the model, if it is loaded already.
         prompts: the prompts, likewise.
-        seconds: receives the wall time of the two stages.
         progress: whether downloads show bars.
     """
-    clock = _Clock(seconds)
+    clock = _Clock()
     with clock("prompts"):
         prompts = prompts or prompt_sources.gather(config, progress=progress)
     if not all(prompts.indices().values()):
@@ -210,16 +216,49 @@ def prepare(
             reserved_bytes=reserved,
             observed_tokens=chat.n_positions,
         )
-    return Prepared(chat, prompts, tokens, engine)
+    return Prepared(chat, prompts, tokens, engine, clock.seconds)
 
 
 def _resolve(model: str | ChatModel, config: Config | None) -> tuple[Config, ChatModel | None]:
-    """The whole configuration, and the model if it is loaded."""
-    if config is None:
-        config = VISION_CONFIG if isinstance(model, VisionChatModel) else Config()
-    model_id = model if isinstance(model, str) else model.model_id
-    chat = None if isinstance(model, str) else model
-    return replace(config, model=replace(config.model, model_id=model_id)), chat
+    """The whole configuration, and the model if it is loaded.
+
+    Raises ConfigurationError where the configuration is for models of the other kind.
+    """
+    if isinstance(model, str):
+        config = Config() if config is None else config
+        return replace(config, model=replace(config.model, model_id=model)), None
+    images = isinstance(model, VisionChatModel)
+    config = config or (VISION_CONFIG if images else Config())
+    if config.rules.images != images:
+        raise ConfigurationError(
+            "The configuration is for images with text, but the model was loaded by load_chat_model. Load it by "
+            "load_vision_model."
+            if config.rules.images
+            else "The model was loaded by load_vision_model, but the configuration is for text. Derive it from "
+            "refusal_direction.config.VISION_CONFIG: dataclasses.replace(VISION_CONFIG, ...)."
+        )
+    return replace(config, model=replace(config.model, model_id=model.model_id)), model
+
+
+@contextmanager
+def _left_alone(chat: ChatModel | None) -> Iterator[None]:
+    """Within the context the model is as it answers: without dropout, not compiled. Afterwards it is as it was.
+
+    Raises ConfigurationError inside of an intervention, whose effect would be measured as the model's own.
+    """
+    if chat is None:
+        yield
+        return
+    if intervened(chat.model):
+        raise ConfigurationError("extract was called within `ablated` or `steered`. End those contexts first.")
+    training = [module for module in chat.model.modules() if module.training]
+    chat.model.eval()
+    try:
+        with eagerly():
+            yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 class _Recorder(logging.Handler):
@@ -232,7 +271,7 @@ class _Recorder(logging.Handler):
 
 
 @contextmanager
-def recorded_warnings() -> Iterator[list[str]]:
+def _recorded_warnings() -> Iterator[list[str]]:
     """Collects what the package warns of, so that results can say so too."""
     recorder = _Recorder()
     logger = logging.getLogger("refusal_direction")

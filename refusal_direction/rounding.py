@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-__all__ = ["Noise", "Repeats", "ties"]
+__all__ = ["Noise", "Repeats", "rounded_otherwise", "ties"]
 
 _CANDIDATES = 8  # the most promising, since their scores are those that are compared
 _ROWS = 16  # for each measure

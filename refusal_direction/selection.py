@@ -1,4 +1,4 @@
-"""Which prompts and which candidate: pure rules over scores."""
+"""Which prompts and which candidate: rules over scores. They read no model, and warn where a condition is relaxed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Container, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
@@ -112,8 +112,8 @@ def keep_fitting(
             least,
         )
         sign = -1.0 if name.startswith("harmful") else 1.0
-        fitting = sorted(members, key=lambda i, sign=sign: float((sign * refusal[i]).nan_to_num(math.inf)))  # type: ignore[misc]
-        kept[name] = sorted(fitting[:least])
+        misfit = (sign * refusal).nan_to_num(math.inf).tolist()
+        kept[name] = sorted(sorted(members, key=misfit.__getitem__)[:least])
     return kept
 
 
@@ -204,11 +204,25 @@ def select(
 
 
 def select_survivor(
-    scores: Sequence[CandidateScore], finalists: Sequence[int], thresholds: Thresholds, baseline: float
+    scores: Sequence[CandidateScore],
+    finalists: Sequence[int],
+    thresholds: Thresholds,
+    baseline: float,
+    *,
+    n_layers: int,
+    null: Container[int] = (),
 ) -> Selection:
     """The finalist with the lowest ablation score whose steering score is at least the baseline's plus the threshold.
 
     If none reaches that, the finalist with the lowest ablation score, with a warning.
+
+    Args:
+        scores: of every candidate; NaN where not measured.
+        finalists: the `survivors`.
+        thresholds: the conditions.
+        baseline: mean refusal score of the harmless prompts.
+        n_layers: of the model.
+        null: candidates of length zero.
 
     Raises NoCandidateError where no finalist has scores.
     """
@@ -223,27 +237,33 @@ def select_survivor(
         warn_of_waived_steering(floor)
     best = _lowest_ablation(scores, inducing or scored)
 
-    def fate(index: int) -> Fate:
-        if index not in finalists:
-            return Fate.RANK
-        if index not in scored:
-            return Fate.BROKEN
-        return Fate.BEATEN if index in (inducing or scored) else Fate.STEERING
+    limit = layer_limit(n_layers, thresholds)
+    strict = all(scores[i].layer < limit and scores[i].kl_div <= thresholds.kl for i in finalists)
 
-    said = reasons(VISION, 0, thresholds)  # of a layer or a KL nothing is said: finalists have been chosen by them
-    chosen = selection(best, scores[best], [fate(index) for index in range(len(scores))], said)
-    counts = {said[Fate.RANK]: len(scores) - len(finalists), said[Fate.STEERING]: 0}
-    return replace(chosen, discarded={name: chosen.discarded.get(name, count) for name, count in counts.items()})
+    def fate(index: int) -> Fate:
+        if index in finalists:
+            admitted = Fate.BEATEN if index in (inducing or scored) else Fate.STEERING
+            return admitted if index in scored else Fate.BROKEN
+        if index in null:
+            return Fate.NULL
+        if math.isnan(scores[index].kl_div):
+            return Fate.BROKEN
+        if strict and scores[index].layer >= limit:
+            return Fate.LAYER
+        return Fate.KL if strict and scores[index].kl_div > thresholds.kl else Fate.RANK
+
+    return selection(best, scores[best], list(map(fate, range(len(scores)))), reasons(VISION, limit, thresholds))
 
 
 def warn_of_relaxed_kl(thresholds: Thresholds, limit: int) -> None:
-    """Of the layers and the KL."""
+    """Warn that no candidate meets the conditions on layer and KL, so that both are dropped."""
     log.warning(
         "No candidate has a KL of %g or less below layer %d; those of lowest KL are used.", thresholds.kl, limit
     )
 
 
 def warn_of_waived_steering(floor: float) -> None:
+    """Warn that no candidate meets the condition on the steering score, so that it is dropped."""
     log.warning("No candidate reaches a steering score of %.2f when added; the condition is waived.", floor)
 
 

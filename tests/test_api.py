@@ -2,6 +2,7 @@
 
 import importlib
 import pkgutil
+import re
 import subprocess
 import sys
 
@@ -19,8 +20,14 @@ def test_every_modules_public_names_exist():
     for module in pkgutil.walk_packages(refusal_direction.__path__, "refusal_direction."):
         if not module.name.endswith("__main__"):
             loaded = importlib.import_module(module.name)
-            missing = [name for name in getattr(loaded, "__all__", ()) if not hasattr(loaded, name)]
-            assert not missing, module.name
+            named = set(getattr(loaded, "__all__", ()))
+            assert not {name for name in named if not hasattr(loaded, name)}, module.name
+            own = {
+                name
+                for name, value in vars(loaded).items()
+                if callable(value) and getattr(value, "__module__", None) == module.name and not name.startswith("_")
+            }
+            assert own <= named, module.name
 
 
 def test_an_unknown_name_is_an_attribute_error():
@@ -39,6 +46,8 @@ def test_importing_the_package_does_not_import_torch():
 def test_every_error_is_drawn_in_the_tree_of_the_errors_module():
     from refusal_direction import errors
 
-    for name in errors.__all__:
-        assert name in (errors.__doc__ or "")
+    drawn = set(re.findall(r"\w+Error\b", errors.__doc__ or "")) - {"ValueError", "TypeError", "IndexError"}
+    assert drawn == set(errors.__all__)
+    assert drawn == {name for name, value in vars(errors).items() if isinstance(value, type)}
+    for name in drawn:
         assert issubclass(getattr(errors, name), errors.RefusalDirectionError)

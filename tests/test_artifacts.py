@@ -2,19 +2,22 @@
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 
 from refusal_direction import artifacts, load_direction
 from refusal_direction.artifacts import file_names
-from refusal_direction.config import TEXT
+from refusal_direction.config import TEXT, VISION
 from refusal_direction.errors import OutputError
 from refusal_direction.pipeline import Extraction
+from refusal_direction.prompts import Prompt
 
 
 def marked(extraction: Extraction, mark: str) -> Extraction:
@@ -153,6 +156,49 @@ def test_a_full_disk_leaves_the_old_set_untouched(
     assert {path.name for path in tmp_path.iterdir()} == set(file_names(TEXT))
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no limits on files to imitate a full disk by")
+@pytest.mark.parametrize("size", [0, 1000, 12_000])
+def test_a_disk_that_is_full_from_some_byte_on_is_one_clear_error(extraction: Extraction, tmp_path: Path, size: int):
+    import resource
+    import signal
+
+    artifacts.write(marked(extraction, "old"), tmp_path)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        with pytest.raises(OutputError, match="could not be written"):
+            artifacts.write(marked(extraction, "new"), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert marks(tmp_path) == {"old"}
+    assert {path.name for path in tmp_path.iterdir()} == set(file_names(TEXT))
+
+
+@pytest.mark.parametrize("name", ["refusal_direction.pt", "direction_metadata.json"])
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"PK\x03\x04 cut off"])
+def test_a_damaged_file_is_explained(extraction: Extraction, tmp_path: Path, name: str, content: bytes):
+    artifacts.write(extraction, tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(OutputError, match="cannot be read"):
+        load_direction(tmp_path)
+
+
+def test_a_folder_with_results_of_the_other_pipeline_is_refused(extraction: Extraction, tmp_path: Path):
+    """They would share run.json."""
+    artifacts.write(extraction, tmp_path)
+    artifacts.check_writable(tmp_path, TEXT)
+    with pytest.raises(OutputError, match="results of a run on text. Choose another --output_dir"):
+        artifacts.check_writable(tmp_path, VISION)
+
+
+def test_the_digest_of_prompts_is_of_their_images_too():
+    red, blue = (Prompt("a/0", "What is this?", Image.new("RGB", (4, 4), colour)) for colour in ("red", "blue"))
+    assert artifacts._digest([red]) == artifacts._digest([red])
+    assert len({artifacts._digest([one]) for one in (red, blue, Prompt("a/0", "What is this?"))}) == 3
+
+
 def test_other_files_in_the_folder_are_left_alone(extraction: Extraction, tmp_path: Path):
     (tmp_path / "vlm").mkdir()
     (tmp_path / "notes.txt").write_text("mine")
@@ -164,4 +210,4 @@ def test_other_files_in_the_folder_are_left_alone(extraction: Extraction, tmp_pa
 def test_a_folder_that_cannot_be_written_is_found_out_before_the_work(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="Choose another --output_dir"):
-        artifacts.check_writable(tmp_path / "file" / "artifacts")
+        artifacts.check_writable(tmp_path / "file" / "artifacts", TEXT)

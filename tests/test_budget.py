@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from refusal_direction import cli
-from refusal_direction.engine import Engine
+from refusal_direction.engine import Engine, Row
 from refusal_direction.engine.interventions import ResidualStream
 from refusal_direction.errors import ConfigurationError
 from tests.families import FAMILIES, build
@@ -22,6 +22,8 @@ def test_a_tight_budget_takes_more_passes_and_gives_the_same_scores() -> None:
     problem = make_problem()
     tight, loose = engine_with(1 << 20, problem), engine_with(None, problem)
     tight.budget.hidden_bytes //= 64  # the least budget still holds all of these few rows
+    rows = [Row(prompt) for prompt in range(len(problem.inputs))]
+    assert len(list(tight.parts(rows))) > len(list(loose.parts(rows))) == 1
     found, expected = solve(tight, problem), solve(loose, problem)
     assert torch.allclose(found.scores.ablation, expected.scores.ablation, atol=1e-5)
     assert torch.allclose(found.scores.kl, expected.scores.kl, atol=1e-6)
@@ -55,4 +57,4 @@ def test_sizes_are_read_with_their_units(text: str, expected: int) -> None:
 def test_a_size_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["--memory_budget", "much"])
-    assert "--memory_budget" in capsys.readouterr().err
+    assert "'much' is no size: give a number and a unit, as 512MiB or 4GB" in capsys.readouterr().err

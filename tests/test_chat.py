@@ -73,6 +73,10 @@ def test_completions_do_not_depend_on_which_requests_run_together(chat: ChatMode
     assert chat.complete(requests, 8) == [chat.complete([request], 8)[0] for request in requests]
 
 
+def test_a_single_request_gets_a_single_completion(chat: ChatModel):
+    assert chat.complete("Paint a wall", 8) == chat.complete(["Paint a wall"], 8)
+
+
 def test_gemma_refuses_with_the_published_token(chat: ChatModel):
     tokens = refusal_tokens.chosen(chat, ())
     assert (tokens.texts, tokens.source) == (("I",), "published for the gemma family")

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from refusal_direction import ChatModel
+from refusal_direction import ChatModel, load_chat_model
 from refusal_direction.checkpoints import Checkpoints, fingerprint
 from refusal_direction.config import Config, ModelSource
 from refusal_direction.directions import mean_difference
@@ -89,6 +89,40 @@ def test_the_fingerprint_is_of_all_that_matters(chat: ChatModel) -> None:
         of(tokens=replace(tokens, ids=(8,))),
     ]
     assert len({of(), *others}) == 5
+
+
+def test_weights_that_were_trained_further_are_others() -> None:
+    chat, config, tokens = (
+        load_chat_model("demo"),
+        Config(model=ModelSource("demo")),
+        RefusalTokens((7,), ("I",), "a test"),
+    )
+    before = fingerprint(config, chat, [], tokens)
+    assert fingerprint(config, chat, [], tokens) == before
+    with torch.no_grad():
+        chat.model.model.layers[3].mlp.down_proj.weight *= 0.8
+    assert fingerprint(config, chat, [], tokens) != before
+
+
+def test_an_adapter_in_a_folder_is_known_by_its_files(chat: ChatModel, tmp_path: Path) -> None:
+    tokens, config = RefusalTokens((7,), ("I",), "a test"), Config(model=ModelSource("demo", adapter=str(tmp_path)))
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"one")
+    before = fingerprint(config, chat, [], tokens)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"another")
+    assert fingerprint(config, chat, [], tokens) != before
+
+
+def test_where_nothing_can_be_kept_the_run_goes_on_and_says_so_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = Checkpoints(tmp_path, "same", resume=False)
+    kept.save("one", PART)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        kept.save("two", PART)
+    kept.save("three", PART)
+    assert caplog.text.count("cannot be kept for --resume") == 1
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["one.safetensors"]
 
 
 def test_thresholds_and_places_do_not_matter(chat: ChatModel, tmp_path: Path) -> None:

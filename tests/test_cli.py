@@ -1,6 +1,7 @@
 """The command line, as its user meets it."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +120,8 @@ def test_calibration_is_recorded(tmp_path: Path):
         (["--n_train", "100000"], "were asked for"),
         (["--harmful", "none.txt", "--harmless", "none.txt"], "none.txt: there is no such file"),
         (["--refusal_tokens", "zyxwvut"], "is not one token of demo"),
+        (["--refusal_tokens", ""], "an empty text is no token"),
+        (["--chat_template", "{{ bos_token }}<start_of_turn>model"], "leaves out the request"),
         (["--refusal_tokens", "I", "--calibrate_refusal"], "exclude each other"),
         (["--refusal_tokens", "a"], "The filter left too few prompts"),
         (["--kl_threshold", "-1"], "None of"),
@@ -182,6 +185,29 @@ def test_a_bug_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(pipeline, "extract", buggy)
     with pytest.raises(ZeroDivisionError):
         run(output=tmp_path)
+
+
+def test_a_terminal_that_knows_few_characters_gets_the_table_all_the_same(tmp_path: Path):
+    done = subprocess.run(
+        [sys.executable, "extract_refusal_direction.py", *FEW, "--output_dir", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"Ablation refusal score" in done.stdout
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no such pipe")
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path):
+    command = [sys.executable, "extract_refusal_direction.py", *FEW, "--output_dir", str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        assert running.stdout is not None
+        assert running.stderr is not None
+        running.stdout.close()
+        assert running.stderr.read() == b""
+    assert running.returncode == 0
+    assert {path.name for path in tmp_path.iterdir()} == set(file_names(TEXT))
 
 
 @pytest.mark.parametrize("command", [["extract_refusal_direction.py"], ["-m", "refusal_direction"]])

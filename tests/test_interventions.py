@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
+from copy import deepcopy
+from functools import partial
+from threading import Barrier
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import LlamaModel, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from refusal_direction.engine.interventions import ablated, steered
+from refusal_direction.errors import UnsupportedModelError
 from tests.families import D_MODEL, FAMILIES, N_LAYERS, build, layers_of
 from tests.oracles import reference, stream
 from tests.problems import known
@@ -70,6 +76,113 @@ def test_ablating_a_zero_direction_changes_nothing(name: str) -> None:
     with ablated(model, torch.zeros(D_MODEL)):
         assert same(logits(model), plain := logits(model))
     assert same(plain, logits(model))
+
+
+@some_families
+@pytest.mark.parametrize("rows", [(None, None), (3, None), (None, 3), (3, 3)])
+def test_nested_ablations_leave_nothing_along_any_of_their_directions(
+    name: str, rows: tuple[int | None, int | None]
+) -> None:
+    """Though the directions are not orthogonal: taking off the second must put back nothing along the first."""
+    model = build(FAMILIES[name])
+    first, second = direction(0, rows[0]), 0.5 * direction(0, rows[0]) + direction(1, rows[1])
+    layers = layers_of(model, FAMILIES[name])
+    for r in (first, second):
+        with ablated(model, first), ablated(model, second), stream.followed(layers, r) as leaks:
+            logits(model)
+        assert leaks.worst < 1e-5
+    with ablated(model, second), stream.followed(layers, first) as control:
+        logits(model)
+    assert control.worst > 1e-2
+
+
+@some_families
+def test_what_steering_adds_along_an_ablated_direction_is_taken_off_whichever_comes_first(name: str) -> None:
+    model, r = build(FAMILIES[name]), direction()
+    with ablated(model, r):
+        expected = logits(model)
+    with ablated(model, r), steered(model, r, layer=1):
+        assert same(logits(model), expected)
+    with steered(model, r, layer=1), ablated(model, r):
+        assert same(logits(model), expected)
+    with steered(model, r, layer=1):
+        assert not same(logits(model), expected)  # control
+
+
+@pytest.mark.parametrize("way", ["in place", "the stack's forward", "a layer"])
+def test_compiled_code_is_passed_over(way: str) -> None:
+    """torch.compile does not notice that hooks come and go."""
+    model, r = build(FAMILIES["llama"]), direction()
+    plain = logits(model)
+    with ablated(model, r):
+        ablation = logits(model)
+    with steered(model, r, layer=1):
+        steering = logits(model)
+    if way == "in place":
+        model.compile(backend="eager")
+    elif way == "the stack's forward":
+        model.model.forward = torch.compile(model.model.forward, backend="eager")
+    else:
+        model.model.layers[1].compile(backend="eager")
+    assert same(logits(model), plain)  # compiled now
+    with ablated(model, r):
+        assert same(logits(model), ablation)
+    with steered(model, r, layer=1):
+        assert same(logits(model), steering)
+    assert same(logits(model), plain)
+
+
+def test_a_compiled_model_need_not_have_been_looked_at_before() -> None:
+    model, r = build(FAMILIES["llama"]), direction()
+    with ablated(deepcopy(model), r) as other:
+        expected = logits(other)
+    model.compile(backend="eager")
+    logits(model)
+    with ablated(model, r):
+        assert same(logits(model), expected)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_layers_that_are_replaced_are_noticed(whole: bool) -> None:
+    model, other, r = build(FAMILIES["llama"]), build(FAMILIES["llama"]), direction()
+    with ablated(other, r):
+        expected = logits(other)
+    with ablated(model, r):
+        pass
+    if whole:
+        model.model.layers = deepcopy(model.model.layers)
+    else:
+        model.model.layers[2] = deepcopy(model.model.layers[2])
+    with ablated(model, r):
+        assert same(logits(model), expected)
+
+
+def test_several_threads_may_be_the_first_to_look_at_a_model() -> None:
+    model, r, ready = build(FAMILIES["llama"]), direction(), Barrier(4)
+
+    def look(_: int) -> None:
+        ready.wait()
+        with ablated(model, r):
+            pass
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(look, range(4)))
+
+
+def test_a_length_whose_square_float32_does_not_hold_is_no_matter() -> None:
+    model, r = build(FAMILIES["llama"]), direction()
+    with ablated(model, r):
+        expected = logits(model)
+    with ablated(model, 1e30 * r):
+        assert same(logits(model), expected)
+
+
+def test_a_direction_in_half_precision_is_ablated_as_well_as_another() -> None:
+    model, r = build(FAMILIES["llama"]), direction().bfloat16()
+    with ablated(model, r.float()):
+        expected = logits(model)
+    with ablated(model, r):
+        assert torch.equal(logits(model), expected)
 
 
 @some_families
@@ -260,6 +373,33 @@ def test_directions_for_another_number_of_rows_are_refused() -> None:
 )
 def test_what_is_no_direction_is_refused(context: Callable[..., Any], wrong: Tensor) -> None:
     with pytest.raises(ValueError, match="A direction"), context(build(FAMILIES["llama"]), wrong):
+        pass
+
+
+@pytest.mark.parametrize("context", [ablated, partial(steered, layer=1)])
+def test_what_is_no_tensor_is_refused(context: Callable[..., Any]) -> None:
+    with pytest.raises(TypeError, match=r"Direction\.vector"), context(build(FAMILIES["llama"]), [1.0] * D_MODEL):
+        pass
+
+
+def test_a_coefficient_that_is_no_number_is_refused() -> None:
+    with (
+        pytest.raises(ValueError, match="finite"),
+        steered(build(FAMILIES["llama"]), direction(), layer=1, coefficient=float("nan")),
+    ):
+        pass
+
+
+def test_a_model_without_its_head_is_refused() -> None:
+    model = LlamaModel(build(FAMILIES["llama"]).config).eval()
+    with pytest.raises(UnsupportedModelError, match="AutoModelForCausalLM"), ablated(model, direction()):
+        pass
+
+
+def test_a_model_with_an_encoder_is_refused() -> None:
+    config = T5Config(d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2, vocab_size=32)
+    model = T5ForConditionalGeneration(config).eval()
+    with pytest.raises(UnsupportedModelError, match="has an encoder"), ablated(model, torch.ones(16)):
         pass
 
 

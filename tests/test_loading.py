@@ -68,6 +68,39 @@ def test_a_folder_without_tokenizer_files_is_found_out(tmp_path: Path):
         load_chat_model(str(tmp_path))
 
 
+def copied(folder: Path) -> Path:
+    for path in demo.MODEL_DIR.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def test_weights_that_were_cut_off_are_explained(tmp_path: Path):
+    weights = copied(tmp_path) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+    with pytest.raises(ModelAccessError, match="cannot be read.*fetch it again"):
+        load_chat_model(str(tmp_path))
+
+
+def changed(folder: Path, **settings: int) -> str:
+    path = copied(folder) / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    return str(folder)
+
+
+def test_weights_of_another_shape_are_explained(tmp_path: Path):
+    with pytest.raises(ModelAccessError, match="other shapes than its config.json says"):
+        load_chat_model(changed(tmp_path, intermediate_size=300))
+
+
+def test_weights_that_are_not_used_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    load_chat_model("demo")
+    assert not caplog.records  # control
+    load_chat_model(changed(tmp_path, num_hidden_layers=7))
+    (warning,) = [record.getMessage() for record in caplog.records if record.name.startswith("refusal_direction")]
+    assert "9 of the weights of" in warning
+    assert "model.layers.7." in warning
+
+
 @pytest.mark.parametrize(
     ("source", "said"),
     [

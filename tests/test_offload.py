@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from refusal_direction.engine import residency
 from refusal_direction.engine.interventions import ablated
-from refusal_direction.engine.residency import is_offloaded, resident
+from refusal_direction.engine.residency import resident
+from refusal_direction.models.placement import is_offloaded
 from tests.families import FAMILIES, build, layers_of
 from tests.problems import as_inputs, engine_of, make_problem, solve
 

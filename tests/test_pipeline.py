@@ -1,13 +1,20 @@
 """The pipeline as a library: settings beside a loaded model, and inputs that cannot be right."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 
-from refusal_direction import ChatModel, Extraction, extract
-from refusal_direction.config import Config, PromptSource, Thresholds
-from refusal_direction.errors import PromptError, TokenizerError, TooFewPromptsError, UnsupportedModelError
+from refusal_direction import ChatModel, Extraction, ablated, extract, load_chat_model, load_vision_model, steered
+from refusal_direction.config import VISION_CONFIG, Config, ModelSource, PromptSource, Thresholds
+from refusal_direction.errors import (
+    ConfigurationError,
+    PromptError,
+    TokenizerError,
+    TooFewPromptsError,
+    UnsupportedModelError,
+)
 from refusal_direction.prompts import Prompt, PromptSets
 
 FEW = Config(prompts=PromptSource(n_train=16, n_val=8))
@@ -48,9 +55,6 @@ def test_the_probability_of_the_refusal_tokens_is_that_of_each_kind_of_prompts(e
 
 
 def test_a_half_precision_model_selects_the_same_candidate(chat: ChatModel, extraction: Extraction):
-    from refusal_direction import load_chat_model
-    from refusal_direction.config import ModelSource
-
     half = load_chat_model(ModelSource("demo", dtype="bfloat16"))
     found = extract(half, prompts=extraction.prompts)
     assert (found.selection.score.position, found.selection.score.layer) == (
@@ -73,6 +77,59 @@ def test_a_tokenizer_of_another_model_is_found_out(
     monkeypatch.setattr(chat.model.get_input_embeddings(), "num_embeddings", 300)
     with pytest.raises(TokenizerError, match="do not belong together"):
         extract(chat, prompts=extraction.prompts)
+
+
+def test_a_model_in_training_is_looked_at_as_it_answers_and_trained_on(extraction: Extraction):
+    """Without dropout; afterwards every module is as it was."""
+    chat = load_chat_model("demo")
+    for layer in chat.model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    chat.model.train()
+    chat.model.model.norm.eval()
+    found = extract(chat, prompts=extraction.prompts)
+    assert torch.equal(found.candidates, extraction.candidates)
+    assert found.means == extraction.means
+    assert [name for name, module in chat.model.named_modules() if not module.training] == ["model.norm"]
+
+
+def test_a_compiled_model_gives_the_same_scores(extraction: Extraction):
+    chat = load_chat_model("demo")
+    chat.model.compile(backend="eager")
+    chat.complete(["Name a colour."], 2)
+    assert extract(chat, prompts=extraction.prompts).means == extraction.means
+
+
+def test_a_configuration_for_the_other_kind_of_model_is_refused(chat: ChatModel):
+    with pytest.raises(ConfigurationError, match="load_vision_model"):
+        extract(chat, VISION_CONFIG)
+    with pytest.raises(ConfigurationError, match="VISION_CONFIG"):
+        extract(load_vision_model("demo"), Config())
+
+
+@pytest.mark.parametrize(
+    ("build", "said"),
+    [
+        (lambda: Config(batch_size=0), "--batch_size 0: must be at least 1"),
+        (lambda: Config(memory_budget=0), "--memory_budget 0"),
+        (lambda: Config(refusal_tokens="As"), r"give a tuple of tokens, as \('As',\)"),
+        (lambda: Config(refusal_tokens=("I",), calibrate_refusal=True), "exclude each other"),
+        (lambda: PromptSource(n_val=0), "--n_val 0"),
+        (lambda: Thresholds(kl=float("nan")), "--kl_threshold nan: must be a finite number"),
+        (lambda: Thresholds(induce=float("inf")), "--induce_threshold inf"),
+        (lambda: Thresholds(prune_layers=-1), "--prune_layers -1"),
+        (lambda: replace(VISION_CONFIG.rules, top_k=0), "--top_k_candidates 0"),
+    ],
+)
+def test_a_setting_that_makes_no_sense_is_refused_from_python_too(build: Callable[[], object], said: str):
+    with pytest.raises(ConfigurationError, match=said):
+        build()
+
+
+def test_an_intervention_is_not_measured_as_the_models_own_doing(chat: ChatModel, extraction: Extraction):
+    r = extraction.direction
+    for context in (ablated(chat.model, r.vector), steered(chat.model, r.vector, layer=r.layer)):
+        with context, pytest.raises(ConfigurationError, match="End those contexts first"):
+            extract(chat, prompts=extraction.prompts)
 
 
 def test_an_empty_set_of_prompts_is_an_error(chat: ChatModel):

@@ -58,6 +58,9 @@ def test_a_json_list_of_strings_is_a_list_of_prompts(tmp_path: Path):
         ("a.csv", "instruction,n\nx,1\n,2\n", "line 3 is empty"),
         ("a.txt", "\n \n", "holds no prompts"),
         ("a.parquet", "x", "prompt files end in"),
+        ("a.json", r'["fine", "\ud800 x"]', "entry 1 holds half of a surrogate pair"),
+        ("a.jsonl", r'{"instruction": "\udfff"}', "line 1 holds half of a surrogate pair"),
+        ("a.json", "[" + "9" * 5000 + "]", "line 1 cannot be read"),
     ],
 )
 def test_a_malformed_file_is_named_with_its_line(tmp_path: Path, name: str, content: str, said: str):

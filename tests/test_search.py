@@ -73,7 +73,7 @@ class Problem:
             if self.top_k is None:
                 return select(means, self.n_layers, self.thresholds, self.null).index
             finalists = survivors(means, self.n_layers, self.thresholds, self.top_k, self.null)
-            return select_survivor(means, finalists, self.thresholds, self.baseline).index
+            return select_survivor(means, finalists, self.thresholds, self.baseline, n_layers=self.n_layers).index
         except NoCandidateError:
             return None
 

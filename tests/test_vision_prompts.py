@@ -163,12 +163,34 @@ def test_a_folder_of_ones_own_is_read_in_order(tmp_path: Path):
     [
         ('{"file_name": "a.png"', "line 1 is not valid JSON"),
         ({"file_name": "a.png"}, "line 1 lacks"),
-        ({"file_name": "b.png", "question": "Why?"}, "line 1 names b.png, which is not there"),
+        (
+            {"file_name": "b.png", "question": "Why?"},
+            "line 1 names 'b.png', which cannot be read.*Put the image beside",
+        ),
+        ({"file_name": "b" * 5000, "question": "Why?"}, "line 1 names 'bbb.*which cannot be read"),
+        ({"file_name": "a\0.png", "question": "Why?"}, "line 1 names .*which cannot be read"),
+        ({"file_name": "a.png", "question": " "}, "the question in line 1 is empty"),
+        (r'{"file_name": "a.png", "question": "\ud800"}', "the question in line 1 is empty, or not text"),
+        ("", "holds no pairs"),
     ],
 )
 def test_a_malformed_folder_is_named_with_its_line(tmp_path: Path, line: object, said: str):
     with pytest.raises(PromptFileError, match=said):
         vision.read_folder(own(tmp_path / "own", [line]))
+
+
+def test_metadata_that_are_not_utf_8_are_named(tmp_path: Path):
+    folder = own(tmp_path / "own", [])
+    (folder / "metadata.jsonl").write_bytes('{"file_name": "a.png", "question": "Où ?"}'.encode("latin-1"))
+    with pytest.raises(PromptFileError, match=r"metadata\.jsonl: cannot be read as UTF-8"):
+        vision.read_folder(folder)
+
+
+def test_a_pair_that_is_there_twice_counts_once(tmp_path: Path):
+    """So that it cannot be drawn for the direction and for its scores."""
+    folder = own(tmp_path / "own", [{"file_name": name, "question": "Why?"} for name in ("a.png", "b.png", "a.png")])
+    (folder / "b.png").write_bytes(picture())
+    assert [pair.text for pair in vision.read_folder(folder)] == ["Why?"]
 
 
 def test_a_folder_without_metadata_is_explained(tmp_path: Path):

@@ -165,59 +165,85 @@ def test_the_selection_equals_a_plain_search(
     expected = plain_choice(scores, finalists, baseline + induce)
     if expected is None:
         with pytest.raises(NoCandidateError):
-            select_survivor(scores, finalists, thresholds, baseline)
+            select_survivor(scores, finalists, thresholds, baseline, n_layers=N_LAYERS)
     else:
-        chosen = select_survivor(scores, finalists, thresholds, baseline)
+        chosen = select_survivor(scores, finalists, thresholds, baseline, n_layers=N_LAYERS)
         assert (chosen.index, chosen.score) == (expected, scores[expected])
 
 
 def test_the_steering_threshold_counts_from_the_baseline(caplog: pytest.LogCaptureFixture) -> None:
     scores = scored([0.0] * 3, ablation=[-9, -8, -7], steering=[-6.1, -6.0, 3.0])
-    assert select_survivor(scores, [0, 1, 2], DEFAULT, -6.0).index == 1  # the threshold itself is enough
-    assert select_survivor(scores, [0, 1, 2], Thresholds(induce=0.5), -6.0).index == 2
-    assert select_survivor(scores, [0, 1, 2], Thresholds(induce=-0.5), -6.0).index == 0
+    assert (
+        select_survivor(scores, [0, 1, 2], DEFAULT, -6.0, n_layers=N_LAYERS).index == 1
+    )  # the threshold itself is enough
+    assert select_survivor(scores, [0, 1, 2], Thresholds(induce=0.5), -6.0, n_layers=N_LAYERS).index == 2
+    assert select_survivor(scores, [0, 1, 2], Thresholds(induce=-0.5), -6.0, n_layers=N_LAYERS).index == 0
     assert caplog.records == []
 
 
 def test_only_finalists_are_chosen() -> None:
     scores = scored([0.0] * 3, ablation=[-9, -8, -7], steering=[1.0] * 3)
-    assert select_survivor(scores, [1, 2], DEFAULT, 0.0).index == 1
+    assert select_survivor(scores, [1, 2], DEFAULT, 0.0, n_layers=N_LAYERS).index == 1
 
 
 def test_of_equal_ablation_scores_the_first_is_chosen() -> None:
     scores = scored([0.0] * 4, ablation=[-1, -5, -5, -5], steering=[1.0, -1.0, 1.0, 1.0])
-    assert select_survivor(scores, [0, 1, 2, 3], DEFAULT, 0.0).index == 2
+    assert select_survivor(scores, [0, 1, 2, 3], DEFAULT, 0.0, n_layers=N_LAYERS).index == 2
 
 
 def test_the_steering_condition_is_waived_with_a_warning_that_says_so(caplog: pytest.LogCaptureFixture) -> None:
     scores = scored([0.0] * 3, ablation=[-1, -5, -3], steering=[-2.0] * 3)
-    chosen = select_survivor(scores, [0, 1, 2], Thresholds(induce=0.25), -1.5)
+    chosen = select_survivor(scores, [0, 1, 2], Thresholds(induce=0.25), -1.5, n_layers=N_LAYERS)
     assert chosen.index == 1
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert caplog.messages == ["No candidate reaches a steering score of -1.25 when added; the condition is waived."]
-    assert chosen.discarded["steering score below the baseline"] == 0
+    assert chosen.discarded == {}
 
 
 def test_what_was_discarded_is_counted() -> None:
     scores = scored([0.0] * 5, ablation=[-1, -5, -3, -4, -9], steering=[1.0, -2.0, 1.0, -2.0, 1.0])
-    chosen = select_survivor(scores, [0, 1, 2, 3], DEFAULT, 0.0)
+    chosen = select_survivor(scores, [0, 1, 2, 3], DEFAULT, 0.0, n_layers=N_LAYERS)
     assert chosen.index == 2
     assert chosen.discarded == {"not among those of lowest KL": 1, "steering score below the baseline": 2}
 
 
+def test_what_was_discarded_says_by_which_condition() -> None:
+    """Not that its KL was too high where it was none of that."""
+    scores = [
+        replace(score, layer=layer)
+        for layer, score in enumerate(
+            scored(
+                [0.01, 0.02, 0.03, 0.0, NAN, 0.2, 0.001],
+                ablation=[-1.0, -2.0, *[NAN] * 5],
+                steering=[1.0, -2.0, *[NAN] * 5],
+            )
+        )
+    ]
+    chosen = select_survivor(scores, [0, 1], DEFAULT, 0.0, n_layers=8, null={3})
+    assert chosen.dropped == (
+        None,
+        "steering score below the baseline",
+        "not among those of lowest KL",
+        "length zero",
+        "a score is NaN",
+        "KL > 0.1 (--kl_threshold)",
+        "layer >= 6 (--prune_layers 0.2)",
+    )
+
+
 def test_candidates_that_were_not_scored_are_never_chosen(caplog: pytest.LogCaptureFixture) -> None:
     scores = scored([0.0] * 3, ablation=[NAN, -1, -2], steering=[5.0, 1.0, NAN])
-    assert select_survivor(scores, [0, 1, 2], DEFAULT, 0.0).index == 1
+    assert select_survivor(scores, [0, 1, 2], DEFAULT, 0.0, n_layers=N_LAYERS).index == 1
     assert caplog.records == []
     with pytest.raises(NoCandidateError, match="NaN"):
-        select_survivor(scores, [0], DEFAULT, 0.0)
+        select_survivor(scores, [0], DEFAULT, 0.0, n_layers=N_LAYERS)
     with pytest.raises(NoCandidateError, match="NaN"):
-        select_survivor(scores, [], DEFAULT, 0.0)
+        select_survivor(scores, [], DEFAULT, 0.0, n_layers=N_LAYERS)
 
 
 def test_a_candidate_whose_steering_score_is_nan_is_not_chosen_when_the_condition_is_waived() -> None:
     scores = scored([0.0] * 2, ablation=[-9, -1], steering=[NAN, -4.0])
-    assert select_survivor(scores, [0, 1], DEFAULT, 0.0).index == 1
+    assert select_survivor(scores, [0, 1], DEFAULT, 0.0, n_layers=N_LAYERS).index == 1
 
 
 # the filter's minimum

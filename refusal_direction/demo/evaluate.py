@@ -22,7 +22,7 @@ from refusal_direction.pipeline import Direction, Extraction, extract
 from refusal_direction.prompts.files import read_prompts
 from refusal_direction.prompts.sets import Prompt
 
-__all__ = ["RefusalRates", "held_out", "refusal_rates"]
+__all__ = ["RefusalRates", "held_out", "main", "refusal_rates", "report"]
 
 
 @dataclass(frozen=True)

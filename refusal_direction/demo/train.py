@@ -24,7 +24,19 @@ from refusal_direction.demo.compose import SplitSizes, split_cores
 from refusal_direction.demo.training import BOS, EOS, IGNORED, Phase, byte_level_tokenizer, command, optimise
 from refusal_direction.demo.vocabulary import FRAMES, KINDS, Core, answer, fill, refusal
 
-__all__ = ["ChatPhase", "ModelShape", "Recipe", "train"]
+__all__ = [
+    "ChatPhase",
+    "ModelShape",
+    "Recipe",
+    "collate",
+    "new_model",
+    "render",
+    "run_phase",
+    "sample_chat",
+    "train",
+    "train_tokenizer",
+    "training_texts",
+]
 
 TURN, END = "<start_of_turn>", "<end_of_turn>"
 

@@ -8,18 +8,16 @@ from contextlib import contextmanager
 from math import ceil
 from typing import TypeVar
 
-import psutil
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 from transformers import PreTrainedModel
 
-from refusal_direction.engine.products import blocked_bytes
-from refusal_direction.engine.residency import execution_device, is_offloaded
 from refusal_direction.errors import ConfigurationError, OutOfMemoryError
-from refusal_direction.memory import keep_freed
+from refusal_direction.memory import free_bytes, keep_freed
+from refusal_direction.models.placement import execution_device, is_offloaded
 
-__all__ = ["Budget", "free_bytes", "halving", "must_fit"]
+__all__ = ["Budget", "halving", "must_fit"]
 
 log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -28,14 +26,6 @@ _CACHED_TOKENS = 1536  # on a CPU more than twice as many drop out of the cache
 _DEVICE_TOKENS = 16384  # enough to fill a large GPU; more only costs memory
 _HIDDEN_BYTES = 512 << 20  # where weights stay in memory, more rows under way save nothing
 _LOGIT_BYTES = 256 << 20
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that can still be taken on the device."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    return psutil.virtual_memory().available
 
 
 class Budget:
@@ -60,13 +50,10 @@ class Budget:
         self._model, self._memory, self._batch_size = model, memory, batch_size
         self.reserved_bytes = reserved_bytes
         self._widest = max(_width(module) for layer in layers for module in layer.modules())
-        self._layer_blocks = max(map(blocked_bytes, layers))
         self._vocab = model.config.get_text_config().vocab_size
         self._shrunk = 1.0
         self.hidden_bytes = 0
         """What the hidden states of all rows under way may take."""
-        self.blocks = False
-        """Whether there is room for the weights of a layer in blocks (`BlockedWeights`)."""
         self.reserve(0)
 
     def reserve(self, held: int) -> None:
@@ -84,8 +71,6 @@ class Budget:
                 f"--memory_budget {self._memory / 2**20:.0f}MiB is too little for this model and these prompts: they need "
                 f"{ceil((held + least) / 2**20)}MiB. Raise it, or take fewer prompts (--n_train, --n_val)."
             )
-        self.blocks = device.type == "cpu" and self._layer_blocks <= memory // 8
-        memory -= self.blocks * self._layer_blocks
         most = _CACHED_TOKENS if device.type == "cpu" else _DEVICE_TOKENS
         self._tokens = min(most, max(1, int(0.2 * memory) // a_token))
         self._logit_rows = max(1, min(1024, min(_LOGIT_BYTES, int(0.2 * memory)) // a_row_of_logits))

@@ -5,27 +5,33 @@ Nothing here changes a weight: the interventions end with the `with` block.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from refusal_direction.directions import ablate, unit
-from refusal_direction.engine.residency import execution_device, resident
+from refusal_direction.directions import ablate, precise, unit
+from refusal_direction.engine.residency import resident
 from refusal_direction.engine.skeleton import Prelude, Skeleton
+from refusal_direction.models.layers import find_layers
+from refusal_direction.models.placement import execution_device
 from refusal_direction.models.writes import WriteSite, find_writes, in_float32, kind_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-__all__ = ["ResidualStream", "ablated", "residual_stream", "steered"]
+__all__ = ["ResidualStream", "ablated", "eagerly", "intervened", "residual_stream", "steered"]
 
 _PROBE_TOKENS = 12
 _STREAM = "_refusal_direction_stream"  # the model carries what was found out about it
+_finding = RLock()
+_NOTHING_LEFT = 1e-5  # of a unit vector, once what is ablated already is taken off
 
 
 class ResidualStream:
@@ -34,17 +40,21 @@ class ResidualStream:
     def __init__(self, model: PreTrainedModel) -> None:
         self.skeleton, self.training = Skeleton(model), model.training
         self.layers = self.skeleton.layers
+        self.members = tuple(self.layers)
+        self.in_force = 0
+        """How many of the contexts `ablated` and `steered` are open."""
+        self._ablated: list[Tensor] = []  # orthonormal, row by row
         ids = torch.arange(3, 3 + _PROBE_TOKENS, device=execution_device(model)).unsqueeze(0)
         with resident(*self.skeleton.outer, recurse=False), self.skeleton.explained(ids):
             prelude = self.skeleton.prelude({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
             self.skeleton.verify(prelude, ids)
         self.shares_state = any(call.shares_state for call in prelude.calls)
         """Whether layers hand state on to each other besides the stream (Gemma 3n and 4: keys and values)."""
-        with ExitStack() as failed:
-            failed.callback(self.skeleton.held.close)
+        with ExitStack() as on_failure:
+            on_failure.callback(self.skeleton.held.close)
             self.writes = self._find_writes(prelude)
-            failed.pop_all()
-        """For each layer, the submodules whose outputs are added to the stream."""
+            """For each layer, the submodules whose outputs are added to the stream."""
+            on_failure.pop_all()
 
     def _find_writes(self, prelude: Prelude) -> list[tuple[WriteSite, ...]]:
         """Look at one layer of each kind; its weights stay in memory until `skeleton.held` is closed."""
@@ -61,7 +71,7 @@ class ResidualStream:
         return [found[kind_of(layer)] for layer in self.layers]
 
     @contextmanager
-    def ablating(self, index: int, u: Tensor) -> Iterator[None]:
+    def ablating(self, index: int, u: Float[Tensor, "d_model"] | Float[Tensor, "row d_model"]) -> Iterator[None]:
         """Within the context the writes of layer `index` are orthogonal to u: (d_model,), or (row, d_model)."""
         layer = self.layers[index]
         with ExitStack() as hooks:
@@ -71,18 +81,35 @@ class ResidualStream:
             yield
 
     @contextmanager
-    def ablated(self, u: Tensor) -> Iterator[None]:
+    def _counted(self) -> Iterator[None]:
+        self.in_force += 1
+        try:
+            yield
+        finally:
+            self.in_force -= 1
+
+    def _beyond_ablated(self, u: Tensor) -> Tensor:
+        """What u has beyond the directions that are ablated already, of unit length; zero where that is nothing."""
+        for v in self._ablated:
+            u = u - (u * v).sum(-1, keepdim=True) * v
+        return unit(torch.where(u.norm(dim=-1, keepdim=True) > _NOTHING_LEFT, u, 0.0))
+
+    @contextmanager
+    def ablated(self, u: Float[Tensor, "d_model"] | Float[Tensor, "row d_model"]) -> Iterator[None]:
         """Within the context the stream has no component along u (of unit length), anywhere."""
+        u = self._beyond_ablated(u)  # else what is taken off along u would put back something along those
         project = _change_input(lambda x: ablate(x, u.to(x)))
-        with ExitStack() as hooks:
+        with self._counted(), ExitStack() as hooks:
+            before, self._ablated = self._ablated, [*self._ablated, u]
+            hooks.callback(setattr, self, "_ablated", before)
             for index, layer in enumerate(self.layers):
                 hooks.callback(layer.register_forward_pre_hook(project, with_kwargs=True).remove)
                 hooks.enter_context(self.ablating(index, u))
             yield
 
     @contextmanager
-    def steered(self, r: Tensor, layer: int) -> Iterator[None]:
-        """Within the context r is added to the input of a layer, at every position."""
+    def steered(self, r: Float[Tensor, "d_model"] | Float[Tensor, "row d_model"], layer: int) -> Iterator[None]:
+        """Within the context r is added to the input of a layer, at every position (paper, eq. 4)."""
 
         def plus(x: Tensor) -> Tensor:
             if r.ndim == 2 and len(r) != len(x):
@@ -90,22 +117,29 @@ class ResidualStream:
             return x + (r if r.ndim == 1 else r.unsqueeze(1)).to(x)
 
         add = _change_input(plus)
-        handle = self.layers[layer].register_forward_pre_hook(add, with_kwargs=True)
-        try:
+        with (
+            self._counted(),
+            ExitStack() as hooks,
+        ):  # before all ablation, so that it does not matter which context is opened first
+            handle = self.layers[layer].register_forward_pre_hook(add, with_kwargs=True, prepend=True)
+            hooks.callback(handle.remove)
             yield
-        finally:
-            handle.remove()
 
 
 def _checked(vector: Tensor, d_model: int) -> Tensor:
-    """Raise ValueError where a vector is no direction of this model."""
+    """The vector in `precise`.
+
+    Raises TypeError where it is no tensor, ValueError where it is no direction of this model.
+    """
+    if not isinstance(vector, Tensor):
+        raise TypeError(f"A direction must be a tensor, as Direction.vector is, not a {type(vector).__name__}.")
     if vector.ndim not in (1, 2) or vector.shape[-1] != d_model:
         raise ValueError(
             f"A direction of shape {tuple(vector.shape)} was given: this model needs ({d_model},) or (row, {d_model})."
         )
     if not vector.is_floating_point() or not vector.isfinite().all():
         raise ValueError("A direction must be of finite floating-point numbers.")
-    return vector
+    return vector.to(precise(vector.device))
 
 
 def _ablate_output(site: WriteSite, u: Tensor) -> Callable[..., Any]:
@@ -120,15 +154,27 @@ def _ablate_output(site: WriteSite, u: Tensor) -> Callable[..., Any]:
 
 
 def residual_stream(model: PreTrainedModel) -> ResidualStream:
-    """The model's residual stream, found at the first call, and anew once dropout may have come into play.
+    """The model's residual stream, found at the first call, and anew once layers or dropout are others.
 
     Raises UnsupportedModelError where it cannot be found.
     """
-    stream = model.__dict__.get(_STREAM)
-    if stream is None or stream.training != model.training:
-        stream = model.__dict__[_STREAM] = ResidualStream(model)
-        stream.skeleton.held.close()
+    with _finding:
+        stream = model.__dict__.get(_STREAM)
+        if stream is None or stream.training != model.training or stream.members != tuple(find_layers(model)):
+            stream = model.__dict__[_STREAM] = ResidualStream(model)
+            stream.skeleton.held.close()
     return stream
+
+
+def intervened(model: PreTrainedModel) -> bool:
+    """Whether a context of `ablated` or `steered` is open on the model."""
+    stream = model.__dict__.get(_STREAM)
+    return stream is not None and stream.in_force > 0
+
+
+def eagerly() -> AbstractContextManager[object]:
+    """Within the context compiled code is passed over: torch.compile neither sees hooks come nor sees them go."""
+    return torch.compiler.set_stance("force_eager")
 
 
 def _change_input(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
@@ -146,20 +192,24 @@ def ablated(
 ) -> Iterator[PreTrainedModel]:
     """Directional ablation (paper, eq. 5): no write into the residual stream has a component along `direction`.
 
-    Projects the embedding output and every attention and MLP write, in every layer and at every position.
+    Projects the embedding output and every attention and MLP write, in every layer and at every position. Contexts may be
+    nested: then there is no component along any of their directions, and what `steered` adds along them is taken off, too.
+    Within them compiled code is not used.
 
     Args:
-        model: any transformers decoder, also a vision-language model.
-        direction: need not be normalised; (row, d_model) gives each row of the batch its own.
+        model: any transformers decoder with its head, also a vision-language model.
+        direction: need not be normalised; (row, d_model) gives each row of the batch its own. Zero changes nothing.
 
-    Raises UnsupportedModelError where the model's residual writes cannot be found, ValueError where `direction` is none.
+    Raises UnsupportedModelError where the model's residual writes cannot be found, ValueError where `direction` is not of the
+    model's width or not finite, TypeError where it is no tensor.
 
         with ablated(model, direction):
             model.generate(**inputs)
     """
-    stream = residual_stream(model)
-    with stream.ablated(unit(_checked(direction, stream.skeleton.d_model))):
-        yield model
+    with eagerly():
+        stream = residual_stream(model)
+        with stream.ablated(unit(_checked(direction, stream.skeleton.d_model))):
+            yield model
 
 
 @contextmanager
@@ -174,8 +224,12 @@ def steered(
 
     `direction` is used as it is, not normalised; (row, d_model) gives each row of the batch its own.
 
-    Raises UnsupportedModelError where the model's decoder layers cannot be found, IndexError for a layer it has not, ValueError where `direction` is none of this model's.
+    Raises UnsupportedModelError where the decoder layers cannot be found, IndexError where the model has no such layer,
+    ValueError where the coefficient is not finite, and otherwise as `ablated`.
     """
-    stream = residual_stream(model)
-    with stream.steered(coefficient * _checked(direction, stream.skeleton.d_model), layer):
-        yield model
+    if not math.isfinite(coefficient):
+        raise ValueError(f"The coefficient of a direction must be a finite number, not {coefficient}.")
+    with eagerly():
+        stream = residual_stream(model)
+        with stream.steered(coefficient * _checked(direction, stream.skeleton.d_model), layer):
+            yield model

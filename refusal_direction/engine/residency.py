@@ -2,7 +2,7 @@
 
 accelerate reloads a leaf module's weights at every call. Within `resident(module)` they are loaded once, and a thread brings
 the next layer's files into the system's file cache meanwhile, so that its weights need not wait for the disk. What is read
-ahead is thrown away: weights take one way only, whether the thread was in time or not.
+ahead is thrown away: weights are always loaded the same way, so a late thread costs time but cannot change a result.
 """
 
 from __future__ import annotations
@@ -14,38 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-from accelerate.hooks import AlignDevicesHook, SequentialHook
+from accelerate.hooks import AlignDevicesHook
 from accelerate.utils.offload import OffloadedWeightsLoader, PrefixedDataset
 from torch import nn
 
-__all__ = ["execution_device", "is_offloaded", "outside", "resident"]
+from refusal_direction.models.placement import offload_hooks
 
-
-def _hooks(modules: Iterator[nn.Module]) -> Iterator[tuple[nn.Module, AlignDevicesHook]]:
-    """Modules and what accelerate has attached to them."""
-    for module in modules:
-        hook = getattr(module, "_hf_hook", None)
-        for part in hook.hooks if isinstance(hook, SequentialHook) else (hook,):
-            if isinstance(part, AlignDevicesHook):
-                yield module, part
-
-
-def _offload_hooks(modules: Iterator[nn.Module]) -> list[tuple[nn.Module, AlignDevicesHook]]:
-    return [(module, hook) for module, hook in _hooks(modules) if hook.offload]
-
-
-def execution_device(model: nn.Module) -> torch.device:
-    """Where the model takes its inputs: offloaded weights themselves may be on no device at all."""
-    for _, hook in _hooks(model.modules()):
-        if hook.execution_device is not None:
-            return torch.device(hook.execution_device)
-    return next(model.parameters()).device
-
-
-def is_offloaded(model: nn.Module) -> bool:
-    """Whether some weights of the model are on disk or in CPU memory and loaded only for a call."""
-    return bool(_offload_hooks(model.modules()))
+__all__ = ["outside", "resident"]
 
 
 def outside(model: nn.Module, layers: nn.ModuleList) -> Iterator[nn.Module]:
@@ -58,7 +33,7 @@ def outside(model: nn.Module, layers: nn.ModuleList) -> Iterator[nn.Module]:
 def resident(*modules: nn.Module, recurse: bool = True) -> Iterator[None]:
     """Load the modules' offloaded weights once, for the duration of the context. Nested uses cost nothing."""
     members = (member for module in modules for member in (module.modules() if recurse else (module,)))
-    held = _offload_hooks(members)
+    held = offload_hooks(members)
     try:
         for module, hook in held:
             hook.pre_forward(module)

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from refusal_direction.engine.arguments import map_tensors
-from refusal_direction.engine.residency import execution_device, outside, resident
+from refusal_direction.engine.residency import outside, resident
 from refusal_direction.errors import UnsupportedModelError
 from refusal_direction.models.layers import find_layers, other_blocks
+from refusal_direction.models.placement import execution_device
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -129,6 +130,10 @@ class Skeleton:
     """Prelude and tail of one model. Weights are only read; no hook may be active while its methods run."""
 
     def __init__(self, model: PreTrainedModel) -> None:
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has an encoder. The method is defined for decoders alone."
+            )
         self.model = model
         self.layers = find_layers(model)
         self.held = ExitStack()
@@ -277,4 +282,8 @@ class Skeleton:
         ids: Int[Tensor, "row 1"] = torch.full((rows, 1), token, device=execution_device(self.model))
         with replaced_forwards(self.layers, stand_in):
             output = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        if getattr(output, "logits", None) is None:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} gives no logits. Load the model with its head: AutoModelForCausalLM."
+            )
         return output.logits[:, -1]

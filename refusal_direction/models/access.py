@@ -15,6 +15,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from safetensors import SafetensorError
 
 from refusal_direction.errors import ModelAccessError, OutOfMemoryError
 
@@ -69,7 +70,17 @@ def access_explained(model_id: str, *, adapter: bool = False, quantised: bool = 
             f"{model_id} needs a package that is not installed: {' '.join(str(error).split())} Install it, or use another "
             "model. (Image processors often need torchvision.)"
         ) from error
+    except SafetensorError as error:
+        raise ModelAccessError(
+            f"The weights of {model_id} cannot be read ({_first_line(error)}) A file was cut off or damaged on its way: fetch it "
+            "again."
+        ) from error
     except RuntimeError as error:
+        if "ignore_mismatched_sizes" in str(error):
+            raise ModelAccessError(
+                f"The weights of {model_id} have other shapes than its config.json says. They do not belong together: get both "
+                "from the same place."
+            ) from error
         if not quantised or should_reduce_batch_size(error):
             raise
         raise ModelAccessError(

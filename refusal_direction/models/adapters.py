@@ -9,11 +9,11 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
-from refusal_direction.engine.residency import is_offloaded
 from refusal_direction.errors import ConfigurationError, ModelAccessError, UnsupportedModelError
 from refusal_direction.models.access import access_explained
+from refusal_direction.models.placement import is_offloaded
 
-__all__ = ["add_adapter"]
+__all__ = ["add_adapter", "check_peft"]
 
 log = logging.getLogger(__name__)
 

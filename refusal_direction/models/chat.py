@@ -11,8 +11,8 @@ import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from refusal_direction.engine.residency import execution_device
 from refusal_direction.errors import ChatTemplateError, TokenizerError
+from refusal_direction.models.placement import execution_device
 from refusal_direction.models.templates import closing, pinned, settings
 from refusal_direction.prompts.sets import Prompt
 
@@ -113,6 +113,11 @@ class ChatModel:
         Raises ChatTemplateError where it puts nothing there.
         """
         encoded = [self.encode(request) for request in _ENDINGS]
+        if len(set(map(tuple, encoded))) == 1:
+            raise ChatTemplateError(
+                f"The chat template of {self.model_id} leaves out the request, so that all prompts are alike. Pass "
+                "--chat_template with one that shows what the user says."
+            )
         shared = 0
         while shared < min(map(len, encoded)) and len({tokens[-1 - shared] for tokens in encoded}) == 1:
             shared += 1
@@ -161,14 +166,15 @@ class ChatModel:
                 "A model folder needs tokenizer.json (or tokenizer.model) and tokenizer_config.json beside the weights."
             )
 
-    def complete(self, prompts: Sequence[Prompt | str], max_new_tokens: int = 32) -> list[str]:
-        """Greedy completions, in order."""
+    def complete(self, prompts: Sequence[Prompt | str] | str, max_new_tokens: int = 32) -> list[str]:
+        """Greedy completions, in order; a list of one for a single request."""
         replies = self.generate(prompts, max_new_tokens)
         return [str(text) for text in self.tokenizer.batch_decode(replies, skip_special_tokens=True)]
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[Prompt | str], max_new_tokens: int = 32) -> list[list[int]]:
+    def generate(self, prompts: Sequence[Prompt | str] | str, max_new_tokens: int = 32) -> list[list[int]]:
         """Token ids of greedy completions, in order. Prompts of equal length share a batch, so nothing is padded."""
+        prompts = [prompts] if isinstance(prompts, str) else prompts
         inputs = [self.inputs(Prompt("", prompt) if isinstance(prompt, str) else prompt) for prompt in prompts]
         alike: dict[tuple[torch.Size, ...], list[int]] = {}
         for index, tensors in enumerate(inputs):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,14 +27,17 @@ from transformers import (
 
 from refusal_direction import demo, processes
 from refusal_direction.config import DEMO_MODEL, Config, ModelSource
-from refusal_direction.engine.budget import free_bytes
+from refusal_direction.demo import vision as demo_vision
 from refusal_direction.errors import ConfigurationError, ModelAccessError
+from refusal_direction.memory import free_bytes
 from refusal_direction.models.access import access_explained, fitting
 from refusal_direction.models.adapters import add_adapter, check_peft
 from refusal_direction.models.chat import ChatModel
 from refusal_direction.models.vision import VisionChatModel
 
 __all__ = ["load", "load_chat_model", "load_vision_model"]
+
+log = logging.getLogger(__name__)
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _BITS = {"4bit": 4, "8bit": 8}
@@ -62,9 +66,7 @@ def load_vision_model(source: ModelSource | str) -> VisionChatModel:
     Raises ModelAccessError (gated, unknown, out of reach), TokenizerError, ConfigurationError.
     """
     source = ModelSource(model_id=source) if isinstance(source, str) else source
-    model, processor = _load(
-        source, demo.MODEL_DIR.parent / "vision" / "model", AutoModelForImageTextToText, AutoProcessor
-    )
+    model, processor = _load(source, demo_vision.MODEL_DIR, AutoModelForImageTextToText, AutoProcessor)
     tokenizer = processor.tokenizer
     return _checked(VisionChatModel(model, tokenizer, **_identity(source, model), processor=processor))
 
@@ -108,10 +110,17 @@ def _load(source: ModelSource, demo_dir: Path, model_class: Any, tokenizer_class
     with (
         access_explained(source.model_id, quantised=quantised),
         fitting(source.model_id, weights, device),
-        _offload_folder(placement) as owned_by,
+        _offload_folder(placement) as (offload, owned_by),
     ):
         model, report = model_class.from_pretrained(
-            path, config=config, dtype=dtype, use_safetensors=safe, output_loading_info=True, **settings, **placement
+            path,
+            config=config,
+            dtype=dtype,
+            use_safetensors=safe,
+            output_loading_info=True,
+            **settings,
+            **placement,
+            **offload,
         )
         owned_by(model)
     _check_complete(source.model_id, report)
@@ -154,7 +163,13 @@ def _quantization(source: ModelSource, config: PretrainedConfig, dtype: torch.dt
 
 
 def _check_complete(model_id: str, report: dict[str, Any]) -> None:
-    """transformers makes up random weights for those that are missing; no result would mean anything."""
+    """transformers makes up random weights for those that are missing; no result would mean anything.
+
+    Weights that it has no use for may belong to a part that it does not run, or the configuration is another model's.
+    """
+    unused = sorted(report.get("unexpected_keys") or ())
+    if unused:
+        log.warning("%d of the weights of %s are not used (%s, ...).", len(unused), model_id, ", ".join(unused[:3]))
     missing = sorted(report["missing_keys"])
     if missing:
         raise ModelAccessError(
@@ -223,20 +238,19 @@ def _placement(asked: str, device: torch.device, weights: int) -> dict[str, obje
 
 
 @contextmanager
-def _offload_folder(placement: dict[str, object]) -> Iterator[Callable[[object], None]]:
-    """Give a spread-out model a folder for what goes to disk, which is removed with its owner, or on failure."""
+def _offload_folder(placement: Mapping[str, object]) -> Iterator[tuple[dict[str, str], Callable[[object], None]]]:
+    """A folder for what of a spread-out model goes to disk, which is removed with its owner, or on failure."""
     if placement["device_map"] != "auto":
-        yield lambda owner: None
+        yield {}, lambda owner: None
         return
     folder = tempfile.mkdtemp(prefix="refusal_direction_")
-    placement["offload_folder"] = folder
-    with ExitStack() as failed:
-        failed.callback(shutil.rmtree, folder, ignore_errors=True)
+    with ExitStack() as on_failure:
+        on_failure.callback(shutil.rmtree, folder, ignore_errors=True)
 
         def owned_by(owner: object) -> None:
-            finalize(owner, failed.pop_all().close)
+            finalize(owner, on_failure.pop_all().close)
 
-        yield owned_by
+        yield {"offload_folder": folder}, owned_by
 
 
 def _template(given: str | None) -> str | None:

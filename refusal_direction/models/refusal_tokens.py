@@ -183,6 +183,10 @@ def _named(chat: ChatModel, ids: Sequence[int], source: str) -> RefusalTokens:
 
 
 def _single_token(chat: ChatModel, token: str) -> int:
+    if not token:
+        raise RefusalTokenError(
+            "--refusal_tokens: an empty text is no token. Give the first token of a refusal, as text or id."
+        )
     size = chat.model.config.get_text_config().vocab_size
     if token.isdecimal():
         if int(token) >= size:

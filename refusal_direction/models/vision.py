@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 
 from refusal_direction.config import VISION
-from refusal_direction.engine.residency import execution_device
 from refusal_direction.errors import ChatTemplateError
 from refusal_direction.models.chat import SYSTEM_SAMPLE, ChatModel
+from refusal_direction.models.placement import execution_device
 from refusal_direction.models.templates import closing, pinned
 from refusal_direction.prompts.sets import Prompt
 

@@ -12,7 +12,7 @@ from typing import Any
 from refusal_direction.errors import PromptFileError
 from refusal_direction.prompts.sets import Prompt
 
-__all__ = ["json_lines", "read_prompts"]
+__all__ = ["encodable", "json_lines", "read_prompts"]
 
 _KEYS = ("instruction", "prompt", "text")
 _SHAPES = {
@@ -30,26 +30,35 @@ def read_prompts(path: Path) -> tuple[Prompt, ...]:
     """
     if path.suffix not in _SHAPES:
         raise PromptFileError(f"{path}: prompt files end in {', '.join(_SHAPES)}. Rename or convert it.")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise PromptFileError(f"{path}: there is no such file. Check the path.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise PromptFileError(f"{path}: cannot be read as UTF-8 text ({error}).") from error
+    text = _text_of(path)
     prompts = tuple(_checked(path, where, entry) for where, entry in _entries(path, text))
     if not prompts:
         raise PromptFileError(f"{path}: holds no prompts. Expected {_SHAPES[path.suffix]}.")
     return tuple(Prompt(f"{path.stem}/{index}", prompt) for index, prompt in enumerate(prompts))
 
 
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise PromptFileError(f"{path}: there is no such file. Check the path.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise PromptFileError(f"{path}: cannot be read as UTF-8 text ({error}). Save it as UTF-8.") from error
+
+
 def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     """Each line's number and its JSON value; empty lines are passed over.
 
-    Raises PromptFileError at a line that is not JSON.
+    Raises PromptFileError where the file cannot be read, and at a line that is not JSON.
     """
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
+    for number, line in enumerate(_text_of(path).split("\n"), start=1):
         if line.strip():
             yield number, _parsed(path, line, number)
+
+
+def encodable(text: str) -> bool:
+    """Whether it is text: JSON's escapes can also spell half of a character."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _entries(path: Path, text: str) -> Iterator[tuple[str, Any]]:
@@ -80,6 +89,10 @@ def _parsed(path: Path, text: str, line: int) -> Any:
         raise PromptFileError(
             f"{path}: line {line} is not valid JSON ({error.msg}). Expected {_SHAPES[path.suffix]}."
         ) from error
+    except ValueError as error:  # a number of thousands of digits
+        raise PromptFileError(
+            f"{path}: line {line} cannot be read ({error}). Expected {_SHAPES[path.suffix]}."
+        ) from error
     except RecursionError as error:
         raise PromptFileError(f"{path}: line {line} is nested too deeply. Expected {_SHAPES[path.suffix]}.") from error
 
@@ -93,4 +106,8 @@ def _checked(path: Path, where: str, entry: Any) -> str:
         entry = named[0]
     if not isinstance(entry, str) or not entry.strip():
         raise PromptFileError(f"{path}: {where} is empty or not text. Expected {_SHAPES[path.suffix]}.")
+    if not encodable(entry):
+        raise PromptFileError(
+            f"{path}: {where} holds half of a surrogate pair, which no text does. Mend its \\u escapes."
+        )
     return entry.strip() if path.suffix == ".txt" else entry

@@ -13,7 +13,7 @@ _LONGEST_SIDE = 2048
 
 
 class UnusableImageError(ValueError):
-    """The image is truncated, empty, or not an image."""
+    """The image is truncated, empty, or not an image. Never reaches the user: whoever reads images counts these in a warning."""
 
 
 def usable(image: Image.Image) -> Image.Image:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Iterable, Iterator
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -14,7 +15,7 @@ import datasets
 from PIL import Image, UnidentifiedImageError
 
 from refusal_direction.errors import DownloadError, PromptFileError, TooFewPromptsError
-from refusal_direction.prompts.files import json_lines
+from refusal_direction.prompts.files import encodable, json_lines
 from refusal_direction.prompts.images import UnusableImageError, usable
 from refusal_direction.prompts.sets import Prompt, PromptSets
 
@@ -55,6 +56,7 @@ QUESTIONS = (
     "What colours stand out in this photo?",
     "Where might this photo have been taken?",
 )
+_EXPECTED = 'Each line is a JSON object with a "file_name" and a "question".'
 _PER_CATEGORY = 50
 _HARMLESS_IMAGES = 500
 _SPELLINGS = {"Illegal_Activitiy": "Illegal_Activity"}
@@ -148,24 +150,34 @@ def _opened(raw: dict[str, Any]) -> Image.Image:
 def read_folder(folder: Path) -> list[Prompt]:
     """Own pairs, in the Hub's imagefolder convention: metadata.jsonl with `file_name` and `question`, images beside it.
 
+    A pair that is there twice counts once.
+
     Raises PromptFileError, naming the folder, where that is not what it holds.
     """
     if not (folder / "metadata.jsonl").is_file():
         raise PromptFileError(
-            f"{folder}: there is no metadata.jsonl in it. Expected a folder of images with a metadata.jsonl, one "
-            'JSON object with "file_name" and "question" a line.'
+            f"{folder}: there is no metadata.jsonl in it. Expected a folder of images with a metadata.jsonl. {_EXPECTED}"
         )
-    return _pairs(folder.name, _own_rows(folder))
+    rows = {(sha256(raw["bytes"]).digest(), question): (raw, question) for raw, question in _own_rows(folder)}
+    if not rows:
+        raise PromptFileError(f"{folder / 'metadata.jsonl'}: holds no pairs. {_EXPECTED}")
+    return _pairs(folder.name, rows.values())
 
 
 def _own_rows(folder: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    for line, entry in json_lines(folder / "metadata.jsonl"):
+    metadata = folder / "metadata.jsonl"
+    for line, entry in json_lines(metadata):
         if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("file_name", "question")):
-            raise PromptFileError(f"{folder / 'metadata.jsonl'}: line {line} lacks a file_name or a question.")
-        path = folder / entry["file_name"]
-        if not path.is_file():
-            raise PromptFileError(f"{folder / 'metadata.jsonl'}: line {line} names {path.name}, which is not there.")
-        yield {"bytes": path.read_bytes()}, entry["question"]
+            raise PromptFileError(f"{metadata}: line {line} lacks a file_name or a question. {_EXPECTED}")
+        if not entry["question"].strip() or not encodable(entry["question"]):
+            raise PromptFileError(f"{metadata}: the question in line {line} is empty, or not text. {_EXPECTED}")
+        try:
+            yield {"bytes": (folder / entry["file_name"]).read_bytes()}, entry["question"]
+        except (OSError, ValueError) as error:
+            raise PromptFileError(
+                f"{metadata}: line {line} names {entry['file_name'][:80]!r}, which cannot be read "
+                f"({_first_line(error)[:80]}). Put the image beside metadata.jsonl, or leave the line out."
+            ) from error
 
 
 def shuffled(harmful: list[Prompt], harmless: list[Prompt], *, n_train: int, n_val: int, seed: int) -> PromptSets:

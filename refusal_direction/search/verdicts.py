@@ -52,8 +52,6 @@ class Judgement:
     fates: Int[Tensor, "candidate"]
     best: int | None
     """Of the candidates that are complete and proven to meet the conditions, the one with the lowest ablation score."""
-    ahead: Int[Tensor, "candidate"]
-    """How many others may come before a candidate in KL. Below `top_k`, it is proven to be considered."""
     fitting: Bool[Tensor, "candidate"]
     """Which candidates meet the conditions on layer and KL, for all that is known."""
 
@@ -81,8 +79,12 @@ def judge(table: Table, conditions: Conditions) -> Judgement:
     ):
         fates[holds] = fate
     proven = (fates == Fate.OPEN) & table.whole() & (ahead < conditions.top_k)
-    best = _beat(fates, table.least(Measure.ABLATION), proven)
-    return Judgement(fates, best, ahead, fitting)
+    ablation = table.least(Measure.ABLATION)
+    best = _best(ablation, proven)
+    if best is not None:
+        fates[(fates == Fate.OPEN) & _comes_after(ablation, best)] = Fate.BEATEN
+        fates[best] = Fate.BEST
+    return Judgement(fates, best, fitting)
 
 
 def _before(kl: Float[Tensor, "candidate"], among: Bool[Tensor, "candidate"]) -> Int[Tensor, "candidate"]:
@@ -97,16 +99,13 @@ def _before(kl: Float[Tensor, "candidate"], among: Bool[Tensor, "candidate"]) ->
     return comes.sum(0)
 
 
-def _beat(
-    fates: Int[Tensor, "candidate"], ablation: Float[Tensor, "candidate"], proven: Bool[Tensor, "candidate"]
-) -> int | None:
-    """Mark, in `fates`, the best of the proven candidates and the open ones that cannot be better; the first of equals."""
-    places = torch.nonzero(proven).flatten().tolist()
-    if not places:
-        return None
-    best: int = min(places, key=lambda place: float(ablation[place]))
-    behind = torch.arange(len(fates)) > best
-    worse = (ablation > ablation[best]) | ((ablation == ablation[best]) & behind)
-    fates[(fates == Fate.OPEN) & worse] = Fate.BEATEN
-    fates[best] = Fate.BEST
-    return best
+def _best(ablation: Float[Tensor, "candidate"], proven: Bool[Tensor, "candidate"]) -> int | None:
+    """The proven candidate with the lowest ablation score; of equals the first."""
+    places: list[int] = torch.nonzero(proven).flatten().tolist()
+    return min(places, key=lambda place: float(ablation[place]), default=None)
+
+
+def _comes_after(ablation: Float[Tensor, "candidate"], best: int) -> Bool[Tensor, "candidate"]:
+    """Which candidates the best one goes before, though theirs are lower bounds."""
+    behind = torch.arange(len(ablation)) > best
+    return (ablation > ablation[best]) | ((ablation == ablation[best]) & behind)

@@ -29,7 +29,18 @@ from refusal_direction.demo.vision.draw import draw
 from refusal_direction.demo.vision.icons import DANGEROUS, HARMLESS, OBJECTS
 from refusal_direction.demo.vision.vocabulary import FORMS, answer, questions, refusal
 
-__all__ = ["Recipe", "ReplyPhase", "train"]
+__all__ = [
+    "Recipe",
+    "ReplyPhase",
+    "collate",
+    "draw_pool",
+    "example",
+    "learn_to_reply",
+    "learn_to_see",
+    "pixels",
+    "tokenizer_texts",
+    "train",
+]
 
 Example = tuple[str, str, str]  # object, question, reply
 

@@ -1,0 +1,38 @@
+"""Where a model's weights are: on a device, or offloaded by accelerate and loaded for each call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from accelerate.hooks import AlignDevicesHook, SequentialHook
+from torch import nn
+
+__all__ = ["execution_device", "is_offloaded", "offload_hooks"]
+
+
+def _hooks(modules: Iterator[nn.Module]) -> Iterator[tuple[nn.Module, AlignDevicesHook]]:
+    """Modules and what accelerate has attached to them."""
+    for module in modules:
+        hook = getattr(module, "_hf_hook", None)
+        for part in hook.hooks if isinstance(hook, SequentialHook) else (hook,):
+            if isinstance(part, AlignDevicesHook):
+                yield module, part
+
+
+def offload_hooks(modules: Iterator[nn.Module]) -> list[tuple[nn.Module, AlignDevicesHook]]:
+    """Those of the modules whose weights are loaded for each call, and the hooks that do it."""
+    return [(module, hook) for module, hook in _hooks(modules) if hook.offload]
+
+
+def execution_device(model: nn.Module) -> torch.device:
+    """Where the model takes its inputs: offloaded weights themselves may be on no device at all."""
+    for _, hook in _hooks(model.modules()):
+        if hook.execution_device is not None:
+            return torch.device(hook.execution_device)
+    return next(model.parameters()).device
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether some weights of the model are on disk or in CPU memory and loaded only for a call."""
+    return bool(offload_hooks(model.modules()))
