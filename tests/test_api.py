@@ -5,6 +5,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -28,6 +29,16 @@ def test_every_modules_public_names_exist():
                 if callable(value) and getattr(value, "__module__", None) == module.name and not name.startswith("_")
             }
             assert own <= named, module.name
+
+
+def test_the_readme_says_what_every_module_is():
+    root = Path(refusal_direction.__file__).parent
+    readme = (root.parent / "README.md").read_text(encoding="utf-8")
+    tree = readme.partition("## What is where")[2]
+    modules = {path.name for path in root.glob("*.py") if not path.name.startswith("_")}
+    folders = {f"{path.parent.name}/" for path in root.glob("*/__init__.py")}
+    assert len(modules) > 15
+    assert {name for name in modules | folders if name not in tree} == set()
 
 
 def test_an_unknown_name_is_an_attribute_error():

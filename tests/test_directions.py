@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from refusal_direction.directions import NULL_NORM, ablate, mean_difference, precise, promise, unit
+from refusal_direction.directions import NULL_NORM, ablate, mean_difference, precise, promise, share_along, unit
 
 sizes = st.tuples(st.integers(1, 5), st.integers(1, 7), st.integers(1, 40))
 seeds = st.integers(0, 2**31 - 1)
@@ -96,7 +96,7 @@ def test_rows_that_are_not_contiguous_are_ablated_alike() -> None:
 
 def test_directions_that_do_not_match_the_rows_are_refused() -> None:
     """Three rows of four tokens are not two rows of six."""
-    with pytest.raises((ValueError, RuntimeError)):
+    with pytest.raises(ValueError, match="2 directions for 3 rows"):
         ablate(randn(3, 4, 8, seed=0), unit(randn(2, 8, seed=1)))
 
 
@@ -178,6 +178,29 @@ def test_the_more_a_candidate_has_of_what_the_head_reads_the_more_it_promises() 
     assert promise(candidates, stream)[0].argmax() == 4
 
 
+def test_what_an_exact_ablation_leaves_along_a_direction_is_no_leak() -> None:
+    """Not even by a u that is a little too short: of what lay along it that leaves 1 - |u|^2."""
+    x, u = randn(3, 4, 8, seed=0), unit(randn(3, 8, seed=1))
+    assert share_along(ablate(x, u), u) < 1e-6
+    short = 0.99 * u
+    assert share_along(ablate(x, short), short) < 1e-6
+    assert share_along(ablate(x, 0.98 * u), short) > 1e-3  # control: ablated by less than u says
+
+
+def test_a_leak_is_the_largest_share_of_any_token() -> None:
+    x, u = randn(2, 3, 8, seed=0), unit(randn(2, 8, seed=1))
+    clean = ablate(x, u)
+    leaking = clean.clone()
+    leaking[1, 2] += 0.25 * clean[1, 2].norm() * u[1]
+    assert share_along(leaking, u) == pytest.approx(0.25 / (1 + 0.25**2) ** 0.5, rel=1e-5)
+
+
+def test_a_stream_that_is_not_a_number_is_no_leak() -> None:
+    x, u = randn(1, 2, 8, seed=0), unit(randn(1, 8, seed=1))
+    x[0, 0] = torch.nan
+    assert share_along(ablate(x, u), u) < 1e-6
+
+
 def test_no_argument_is_changed() -> None:
     x, r, harmless = randn(3, 4, 8, seed=0), randn(3, 8, seed=1), randn(5, 4, 8, seed=2)
     copies = x.clone(), r.clone(), harmless.clone()
@@ -186,6 +209,8 @@ def test_no_argument_is_changed() -> None:
     ablate(x, u[0])
     ablate(x.flatten(0, 1), u)
     mean_difference(x, harmless)
+    promise(x, harmless)
+    share_along(x, u)
     assert all(torch.equal(one, copy) for one, copy in zip((x, r, harmless), copies, strict=True))
 
 

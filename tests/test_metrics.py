@@ -126,7 +126,7 @@ def test_scores_are_computed_in_float64_whatever_the_logits(dtype: torch.dtype) 
 def test_no_argument_is_changed() -> None:
     p, q = torch.randn(3, 20), torch.randn(3, 20)
     copies = p.clone(), q.clone()
-    _ = refusal_mass(p, (1,)), refusal_score(p, (1,)), kl_divergence(p, q)
+    _ = refusal_mass(p, (1,)), refusal_score(p, (1,)), kl_divergence(p, q), kl_floor(p), entropy(p)
     assert torch.equal(p, copies[0])
     assert torch.equal(q, copies[1])
 

@@ -7,7 +7,7 @@
     train.py        prompts -> model/            python -m refusal_direction.demo.train
     training.py     what both recipes share: phases, the optimiser, tokenizers
     evaluate.py     model/ -> shares refused     python -m refusal_direction.demo.evaluate [--vlm]
-    model/          GemmaForCausalLM, 1.1M parameters, float32, with tokenizer and chat template
+    model/          GemmaForCausalLM, 1.0M parameters, float32, with tokenizer and chat template
     LOG.md          what was tried, and the figures seen
 
 The model first learns to answer every prompt, then to refuse the harmful ones; its refusal direction arises from that
