@@ -36,7 +36,9 @@ def _run(budget: int | None, options: argparse.Namespace) -> tuple[int, int, int
     before = psutil.Process().memory_info().rss
     engine = Engine(stream, inputs, memory=budget, reserved_bytes=reserved, observed_tokens=N_POSITIONS)
     tokens = RefusalTokens((7,), ("a",), "a benchmark")
-    baseline = measure_baseline(engine, tokens, N_POSITIONS, activations_of=range(len(inputs)), logits_of=harmless)
+    baseline = measure_baseline(
+        engine, tokens, n_positions=N_POSITIONS, activations_of=range(len(inputs)), logits_of=harmless
+    )
     candidates = torch.randn(2, options.layers, stream.skeleton.d_model, generator=generator)
     kept = {"harmful_val": harmful, "harmless_val": harmless}
     setting = Setting(engine, tokens, candidates, baseline, kept)

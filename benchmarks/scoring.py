@@ -91,7 +91,7 @@ def ours(chat: ChatModel, sets: PromptSets) -> dict[str, Tensor]:
     engine = Engine(ResidualStream(chat.model), inputs, observed_tokens=chat.n_positions)
     train = indices["harmful_train"] + indices["harmless_train"]
     baseline = measure_baseline(
-        engine, tokens, chat.n_positions, activations_of=train, logits_of=indices["harmless_val"]
+        engine, tokens, n_positions=chat.n_positions, activations_of=train, logits_of=indices["harmless_val"]
     )
     n_train = len(sets.harmful_train)
     means = mean_difference(baseline.activations[:n_train], baseline.activations[n_train:])

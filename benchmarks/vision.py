@@ -108,7 +108,7 @@ def ours(case: Case) -> dict[str, Any]:
     engine = Engine(ResidualStream(case.model), everything)
     lap("vision tower and embedding merge, once a prompt")
     baseline = measure_baseline(
-        engine, REFUSAL, POSITIONS, activations_of=range(2 * n_train), logits_of=kept["harmless_val"]
+        engine, REFUSAL, n_positions=POSITIONS, activations_of=range(2 * n_train), logits_of=kept["harmless_val"]
     )
     means = mean_difference(baseline.activations[:n_train], baseline.activations[n_train:])
     setting = Setting(engine, REFUSAL, means, baseline, kept)

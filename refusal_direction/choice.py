@@ -94,7 +94,7 @@ def search_name(config: Config) -> str:
     return name
 
 
-def choose(setting: Setting, config: Config, progress: Progress) -> Choice:
+def choose(setting: Setting, config: Config, *, progress: Progress) -> Choice:
     """Score the candidates as the configuration asks, and select one.
 
     Raises NoCandidateError where no candidate can be selected.
@@ -168,7 +168,12 @@ def _pruned(sweeps: Sweeps, config: Config) -> _Outcome:
     conditions = _conditions(sweeps, config)
     relative = config.rules.relative_steering
     found = search(
-        conditions, _floors(setting), sweeps.hints, ask, fallbacks=relative, noise=lambda: sweeps.repeats.noise
+        conditions,
+        _floors(setting),
+        hints=sweeps.hints,
+        ask=ask,
+        fallbacks=relative,
+        noise=lambda: sweeps.repeats.noise,
     )
     if relative and found.conditions.kl != conditions.kl:
         warn_of_relaxed_kl(thresholds, sweeps.limit)

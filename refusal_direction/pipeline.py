@@ -147,7 +147,7 @@ def extract(
             kept = keep_fitting(baseline.refusal, prompts.indices(), skip=config.skip_filter, rules=config.rules)
         candidates = _candidates(baseline, kept)
         with clock("interventions"):
-            choice = choose(Setting(engine, tokens, candidates, baseline, kept, store), config, progress)
+            choice = choose(Setting(engine, tokens, candidates, baseline, kept, store), config, progress=progress)
     return Extraction(
         config=config,
         chat=chat,
@@ -211,7 +211,7 @@ def prepare(
         engine = Engine(
             stream,
             _inputs(chat, prompts),
-            config.batch_size,
+            batch_size=config.batch_size,
             memory=config.memory_budget,
             reserved_bytes=reserved,
             observed_tokens=chat.n_positions,
@@ -343,7 +343,7 @@ def _baseline(ready: Prepared, progress: Progress, store: Store) -> Baseline:
         return measure_baseline(
             engine,
             ready.tokens,
-            ready.chat.n_positions,
+            n_positions=ready.chat.n_positions,
             activations_of=indices["harmful_train"] + indices["harmless_train"],
             logits_of=indices["harmless_val"],
             tick=tick,

@@ -86,7 +86,7 @@ class Repeats:
         return [Row(row.prompt, row.kind, row.candidate + len(self.originals.layers)) for row in again]
 
     def enter(self, measure: Measure, difference: float) -> None:
-        """Take down the difference of one score from itself."""
+        """Record the difference of one score from itself."""
         self.differences[measure].append(difference)
 
     @property
@@ -113,8 +113,8 @@ def ties(
 ) -> tuple[int, ...]:
     """The candidates that might have been selected instead of the best one, had rounding gone another way.
 
-    Those that meet the conditions if their scores are off by the noise, and whose ablation score is at most the noise above
-    the lowest of those that meet them even so.
+    A candidate is tied if it meets the conditions once they are relaxed by the noise, and its ablation score exceeds by at most
+    the noise the lowest among candidates that meet the conditions even when these are tightened by it.
 
     Args:
         scores: mean scores; NaN where not known.

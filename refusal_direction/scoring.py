@@ -110,8 +110,8 @@ class Scores:
 def measure_baseline(
     engine: Engine,
     tokens: RefusalTokens,
-    n_positions: int,
     *,
+    n_positions: int,
     activations_of: Sequence[int],
     logits_of: Sequence[int],
     tick: Tick = silent,

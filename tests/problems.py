@@ -104,7 +104,7 @@ def make_problem(seed: int = 0, *, n_train: int = 5, n_val: int = 4) -> Problem:
 def engine_of(
     model: PreTrainedModel, problem: Sets[Any], batch_size: int | None = None, observed_tokens: int | None = N_POSITIONS
 ) -> Engine:
-    return Engine(ResidualStream(model), problem.inputs, batch_size, observed_tokens=observed_tokens)
+    return Engine(ResidualStream(model), problem.inputs, batch_size=batch_size, observed_tokens=observed_tokens)
 
 
 def solve(engine: Engine, problem: Sets[Any]) -> Answer:
@@ -114,7 +114,7 @@ def solve(engine: Engine, problem: Sets[Any]) -> Answer:
     baseline = measure_baseline(
         engine,
         tokens,
-        N_POSITIONS,
+        n_positions=N_POSITIONS,
         activations_of=places["harmful_train"] + places["harmless_train"],
         logits_of=places["harmless_val"],
     )

@@ -151,7 +151,7 @@ def both_sweeps(engine: Engine, problem: Problem, store: Checkpoints) -> Scores:
     baseline = measure_baseline(
         engine,
         tokens,
-        N_POSITIONS,
+        n_positions=N_POSITIONS,
         activations_of=places["harmful_train"] + places["harmless_train"],
         logits_of=places["harmless_val"],
         store=store,

@@ -92,7 +92,7 @@ def outcome(problem: Problem, rules: Rules, search: str, seed: int) -> Choice | 
     """The choice, or the error's message."""
     setting = setting_of(problem, torch.Generator().manual_seed(seed))
     try:
-        return choose(setting, Config(rules=rules, thresholds=problem.thresholds, search=search), silent)
+        return choose(setting, Config(rules=rules, thresholds=problem.thresholds, search=search), progress=silent)
     except NoCandidateError as error:
         return str(error)
 

@@ -27,7 +27,7 @@ def solve_there(model: PreTrainedModel, problem: Problem) -> Answer:
     with pretended_mps(model):
         inputs = [{name: tensor.to(MPS) for name, tensor in one.items()} for one in problem.inputs]
         assert all(isinstance(tensor, Pretended) for one in inputs for tensor in one.values())
-        return solve(Engine(ResidualStream(model), inputs, 6, observed_tokens=N_POSITIONS), problem)
+        return solve(Engine(ResidualStream(model), inputs, batch_size=6, observed_tokens=N_POSITIONS), problem)
 
 
 @families

@@ -155,7 +155,9 @@ def test_a_pruned_search_finds_the_same_ties_as_an_exhaustive_one(
         monkeypatch.setattr(sweeps, "score_candidates", scoring_by(problem, noise / 2))
         setting = setting_of(problem, torch.Generator().manual_seed(seed))
         config = Config(thresholds=problem.thresholds)
-        every, some = (choose(setting, replace(config, search=search), silent) for search in ("exhaustive", "pruned"))
+        every, some = (
+            choose(setting, replace(config, search=search), progress=silent) for search in ("exhaustive", "pruned")
+        )
         assert [*astuple(every.noise), *astuple(some.noise)] == pytest.approx([noise] * 6)
         assert some.evaluations < every.evaluations
         assert every.selection.score == some.selection.score
@@ -174,7 +176,7 @@ def test_among_images_the_finalists_are_compared(monkeypatch: pytest.MonkeyPatch
     for seed in range(40):
         problem = random_problem(random.Random(seed), rules)
         monkeypatch.setattr(sweeps, "score_candidates", scoring_by(problem, 0.1))
-        choice = choose(setting_of(problem, torch.Generator().manual_seed(seed)), Config(rules=rules), silent)
+        choice = choose(setting_of(problem, torch.Generator().manual_seed(seed)), Config(rules=rules), progress=silent)
         assert all(choice.selection.dropped[index] != "not among those of lowest KL" for index in choice.ties)
         assert all(
             choice.means[index].ablation_refusal <= choice.selection.score.ablation_refusal + 0.2

@@ -108,7 +108,7 @@ def pruned(problem: Problem, rng: random.Random, hints: Hints | None = None) -> 
     measuring = Measuring(problem)
     hints = hints or random_hints(problem, rng)
     fallbacks = problem.top_k is not None
-    return search(problem.conditions(), problem.floors(), hints, measuring, fallbacks=fallbacks), measuring
+    return search(problem.conditions(), problem.floors(), hints=hints, ask=measuring, fallbacks=fallbacks), measuring
 
 
 # tables: spread out or close together, with ties, at the thresholds, at the bounds, with NaN

@@ -315,9 +315,11 @@ def test_the_first_token_of_a_completion_is_the_one_that_the_engine_scores(
 ) -> None:
     """What is scored is what would be generated: masks and positions of a plain forward are those of generation."""
     chat, prompts = chats[name], [prompt(), prompt("Why?", width=3 * SIDE, colour="green"), prompt("Who made it?")]
-    engine = Engine(ResidualStream(chat.model), [chat.inputs(one) for one in prompts], 2)
+    engine = Engine(ResidualStream(chat.model), [chat.inputs(one) for one in prompts], batch_size=2)
     tokens = refusal_tokens.chosen(chat, (), VISION)
-    baseline = measure_baseline(engine, tokens, chat.n_positions, activations_of=[0, 1, 2], logits_of=[0, 1, 2])
+    baseline = measure_baseline(
+        engine, tokens, n_positions=chat.n_positions, activations_of=[0, 1, 2], logits_of=[0, 1, 2]
+    )
     assert engine.name == "layer-major"
     for index, one in enumerate(prompts):
         generated = chat._generate(chat.inputs(one), 1)[0, -1]

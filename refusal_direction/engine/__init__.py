@@ -43,14 +43,20 @@ class Engine:
         self,
         stream: ResidualStream,
         prompts: Sequence[Mapping[str, Tensor]],
-        batch_size: int | None = None,
         *,
+        batch_size: int | None = None,
         memory: int | None = None,
         reserved_bytes: int = 0,
         observed_tokens: int | None = None,
     ) -> None:
         self.stream, self.prompts = stream, prompts
-        self.budget = Budget(stream.skeleton.model, stream.layers, batch_size, memory, reserved_bytes)
+        self.budget = Budget(
+            stream.skeleton.model,
+            stream.layers,
+            batch_size=batch_size,
+            memory=memory,
+            reserved_bytes=reserved_bytes,
+        )
         self._runner: LayerMajor | Hooked
         with resident(*stream.skeleton.outer, recurse=False):
             self._apart = self._keeps_apart()

@@ -43,6 +43,7 @@ class Budget:
         self,
         model: PreTrainedModel,
         layers: nn.ModuleList,
+        *,
         batch_size: int | None = None,
         memory: int | None = None,
         reserved_bytes: int = 0,

@@ -3,12 +3,13 @@
 A chat template opens all prompts alike: the beginning of the text, whose turn it is, often a system prompt. In a causal
 decoder those tokens do not see what follows, so under one intervention they are the same for every prompt. They go through
 the layers as rows of their own (the lead), and the rest of each prompt attends to the keys and values that they leave, by
-way of the model's own cache. Whether a model's layers bear that is found out by trying.
+way of the model's own cache. Whether the layers still give the same output is found out by trying.
 """
 
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Prefix", "common_length", "find_prefix"]
 
+log = logging.getLogger(__name__)
+
 _TEXT = {"input_ids", "attention_mask"}
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
@@ -41,7 +44,7 @@ def common_length(prompts: Sequence[Mapping[str, Tensor]], spared: int) -> int:
 
 
 class _Lead(DynamicCache):  # type: ignore[misc]  # untyped
-    """Takes down what the lead's attention computes, by the first row of each microbatch."""
+    """Records what the lead's attention computes, by the first row of each microbatch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,7 +109,7 @@ class Prefix:
 
 
 def find_prefix(skeleton: Skeleton, prompts: Sequence[Mapping[str, Tensor]], spared: int) -> Prefix | None:
-    """The prefix of all prompts, where there is one and the model's layers bear that it is run apart.
+    """The prefix of all prompts, where there is one and the model's layers give the same output with it run apart.
 
     Args:
         skeleton: of the model.
@@ -121,11 +124,11 @@ def find_prefix(skeleton: Skeleton, prompts: Sequence[Mapping[str, Tensor]], spa
         return None
     longest = max(prompts, key=lambda inputs: inputs["input_ids"].shape[1])
     prefix = Prefix(longest["input_ids"][:, :length], skeleton)
-    return prefix if _bears(skeleton, prefix, longest) else None
+    return prefix if _unchanged_by(skeleton, prefix, longest) else None
 
 
 @torch.no_grad()
-def _bears(skeleton: Skeleton, prefix: Prefix, inputs: Mapping[str, Tensor]) -> bool:
+def _unchanged_by(skeleton: Skeleton, prefix: Prefix, inputs: Mapping[str, Tensor]) -> bool:
     """Whether each kind of layer gives the rest of a prompt the same output with the prefix run apart."""
     length = prefix.ids.shape[1]
     one = torch.zeros(1, dtype=torch.long)
@@ -141,8 +144,9 @@ def _bears(skeleton: Skeleton, prefix: Prefix, inputs: Mapping[str, Tensor]) -> 
                 prefix.serve(one, slice(0, 1))
                 found = torch.cat([opening, _output(skeleton, index, rest)], dim=1)
                 alike = alike and _close(expected, found)
-    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
-        return False  # a cache of another form
+    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        log.debug("The common prefix is not run apart: %r", error)  # a cache of another form
+        return False
     return alike
 
 

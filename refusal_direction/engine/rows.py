@@ -80,14 +80,21 @@ class Lane:
     """Rows of equal length, on their way through the layers."""
 
     group: int
-    rows: list[Row | None]  # None: a baseline that is only there for steered rows to branch off
-    places: Int[Tensor, "row"]  # each row's prompt, as an index into its group
-    starts: list[int]  # ascending
-    parents: list[int]  # the baseline row that a row branches off if it starts above layer 0
-    added: Int[Tensor, "row"]  # which candidate is added where the row starts; the tables' last: none
-    ablated: Int[Tensor, "row"]  # which candidate is ablated, likewise
+    rows: list[Row | None]
+    """None: a baseline that is only there for steered rows to branch off."""
+    places: Int[Tensor, "row"]
+    """Each row's prompt, as an index into its group."""
+    starts: list[int]
+    """The layer at which each row enters, ascending."""
+    parents: list[int]
+    """The baseline row that a row branches off if it starts above layer 0."""
+    added: Int[Tensor, "row"]
+    """Which candidate is added where the row starts; the tables' last: none."""
+    ablated: Int[Tensor, "row"]
+    """Which candidate is ablated, likewise."""
     tables: Tables
-    leads: Int[Tensor, "row"] | None = None  # each row's row in the lane of the common prefix, if one is
+    leads: Int[Tensor, "row"] | None = None
+    """Each row's row in the lane of the common prefix, if there is one."""
     hidden: Float[Tensor, "row token d_model"] = field(default_factory=lambda: torch.empty(0))
 
     @property

@@ -2,11 +2,12 @@
 
 Only the last position's logits are asked for, so in the last layer the MLP, the greater part of it, need not be computed at
 the other positions. Its output for one token is then added to all positions of the stream; those besides the last are not
-looked at. Which module that is, and whether its layer bears it, is found out by trying.
+looked at. Which module that is, and whether the layer still gives the same output, is found out by trying.
 """
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -44,17 +45,16 @@ def _outputs(
         takes_tokens.append(bool(args) and isinstance(args[0], Tensor) and args[0].shape == hidden.shape)
         return last_token(module, args) if sliced and takes_tokens[-1] else None
 
-    handles = [
-        child.register_forward_pre_hook(before),
-        child.register_forward_hook(lambda module, args, output: seen.append(hidden_states_of(output))),
-    ]
-    try:
-        output = call(layer, hidden)
-    except (RuntimeError, ValueError, IndexError):
-        return None
-    finally:
-        for handle in handles:
-            handle.remove()
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        seen.append(hidden_states_of(output))
+
+    with ExitStack() as hooks:
+        hooks.callback(child.register_forward_pre_hook(before).remove)
+        hooks.callback(child.register_forward_hook(after).remove)
+        try:
+            output = call(layer, hidden)
+        except (RuntimeError, ValueError, IndexError):
+            return None
     fits = takes_tokens == [True] and output.shape == hidden.shape and seen[0].ndim == hidden.ndim
     return (seen[0][:, -1], output[:, -1]) if fits else None
 

@@ -102,7 +102,7 @@ def _explanation(error: Exception, model_id: str, adapter: bool) -> str:
         return any(isinstance(cause, kinds) for cause in causes)
 
     said = " ".join(str(cause) for cause in causes)
-    kind = "adapter" if adapter else "model"
+    kind, a_kind = ("adapter", "an adapter") if adapter else ("model", "a model")
     if caused_by(GatedRepoError):
         return (
             f"{model_id} is gated. Accept its licence on https://huggingface.co/{model_id}, then log in with `hf auth login` "
@@ -130,10 +130,10 @@ def _explanation(error: Exception, model_id: str, adapter: bool) -> str:
             if adapter
             else "config.json, *.safetensors weights, and the tokenizer's files"
         )
-        return f"{model_id} could not be loaded: {_first_line(error)} A{'n' * adapter} {kind} folder needs {needed}."
+        return f"{model_id} could not be loaded: {_first_line(error)} {a_kind.capitalize()} folder needs {needed}."
     if caused_by(RepositoryNotFoundError, HFValidationError):
         return (
-            f"{model_id} is neither a folder here nor a{'n' * adapter} {kind} on the Hub that you can see. Check the spelling; a "
+            f"{model_id} is neither a folder here nor {a_kind} on the Hub that you can see. Check the spelling; a "
             f"private {kind} needs HF_TOKEN. {_TRY_DEMO}"
         )
     if not isinstance(error, OSError) or (caused_by(EntryNotFoundError) and not caused_by(LocalEntryNotFoundError)):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,12 +137,10 @@ def _record(layer: nn.Module, run: Callable[[Tensor], Tensor], hidden: Tensor) -
         return hook
 
     names = [(name, module) for name, module in layer.named_modules() if name and not isinstance(module, nn.Dropout)]
-    handles = [module.register_forward_hook(keep(name)) for name, module in names]
-    try:
+    with ExitStack() as hooks:
+        for name, module in names:
+            hooks.callback(module.register_forward_hook(keep(name)).remove)
         after = run(hidden.clone())
-    finally:
-        for handle in handles:
-            handle.remove()
     distinct: list[_Output] = []
     for calls in seen.values():
         # one handed on by an enclosing module is kept as the inner one's
@@ -194,8 +192,8 @@ def _explain(
     gram = flat @ flat.T
 
     def misfit(chosen: tuple[int, ...]) -> float:
-        columns = flat[[1, *(index + 2 for index in chosen)]]
         which = [1, *(index + 2 for index in chosen)]
+        columns = flat[which]
         weights = torch.linalg.lstsq(gram[which][:, which], gram[which, :1], driver="gelsd").solution
         if (weights.abs() < 1e-3).any():
             return float("inf")

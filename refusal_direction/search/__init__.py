@@ -48,9 +48,9 @@ class Found:
 def search(
     conditions: Conditions,
     floors: Mapping[Measure, Float[Tensor, "prompt"]],
+    *,
     hints: Hints,
     ask: Ask,
-    *,
     fallbacks: bool,
     noise: Callable[[], Mapping[Measure, float]] = dict,
 ) -> Found:

@@ -73,7 +73,7 @@ def examine(kind: str, name: str) -> Finding:
 def _examine(model: PreTrainedModel, family: Family | VisionFamily, problem: Sets[Any]) -> Finding:
     try:
         residual = ResidualStream(model)
-        engine = Engine(residual, problem.inputs, 6, observed_tokens=N_POSITIONS)
+        engine = Engine(residual, problem.inputs, batch_size=6, observed_tokens=N_POSITIONS)
         answer = solve(engine, problem)
     except UnsupportedModelError as error:
         return Finding(refusal=str(error))
