@@ -1,7 +1,7 @@
 """Exhaustive and pruned search against the naive way, one after the other in one run, on a trained model made wide.
 
     python benchmarks/search.py [--model demo] [--times 7] [--n_val 32] [--skip naive]
-    python benchmarks/search.py --vlm
+    python benchmarks/search.py --vlm --seeds 42 1 2 3 --skip exhaustive
 
 Random weights have no structure to prune, so the model is the demo's (or any trained Gemma), the same function with a decoder
 of 7 times as many channels, heads and hidden units (wide.py). Prompts are those of the demo; with --data_dir, the published
@@ -15,6 +15,7 @@ import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 import torch
@@ -96,7 +97,7 @@ def show(run: Run) -> None:
 
 def loaded(options: argparse.Namespace) -> tuple[ChatModel, PromptSets, Config]:
     """The small model, before it is made wide."""
-    sizes = PromptSource(n_train=options.n_train, n_val=options.n_val)
+    sizes = PromptSource(n_train=options.n_train, n_val=options.n_val, seed=options.seed)
     if options.vlm:
         config = replace(VISION_CONFIG, model=ModelSource(DEMO_MODEL), prompts=sizes, batch_size=None, skip_filter=True)
         return load(config), gather(config), config
@@ -179,23 +180,41 @@ def main() -> None:
     arguments.add_argument("--data_dir", type=Path, help="the published prompts; by default the demo's are used")
     arguments.add_argument("--n_train", type=int, default=128)
     arguments.add_argument("--n_val", type=int, default=32)
+    arguments.add_argument(
+        "--seeds", type=int, nargs="+", default=[42], help="of the draws of prompts, one after the other"
+    )
     arguments.add_argument("--skip", nargs="*", default=(), choices=("naive", "exhaustive"))
     options = arguments.parse_args()
-    print(apart(describe, options), flush=True)
+    print(apart(describe, with_seed(options, options.seeds[0])), flush=True)
+    draws = [compared(with_seed(options, seed)) for seed in options.seeds]
+    for name in draws[0] if len(draws) > 1 else ():
+        ratios = [draw[name] for draw in draws]
+        print(
+            f"ratio {name} / pruned, {len(draws)} draws: {min(ratios):.1f} to {max(ratios):.1f}, mean {geometric_mean(ratios):.1f}"
+        )
+
+
+def with_seed(options: argparse.Namespace, seed: int) -> argparse.Namespace:
+    return argparse.Namespace(**{**vars(options), "seed": seed})
+
+
+def compared(options: argparse.Namespace) -> dict[str, float]:
+    """Run each way on one draw of prompts; how many times as long as pruned search the others take."""
     exhaustive = (VISION_CONFIG if options.vlm else Config()).rules.searches[0]
-    runs: list[Run] = []
-    for name, skipped in (
-        ("pruned", False),
-        (exhaustive, "exhaustive" in options.skip),
-        ("naive", "naive" in options.skip),
-    ):
-        if not skipped:
-            runs.append(apart(measured, name, options, runs[0].known if name == "naive" else None))
-            show(runs[-1])
-    print(f"same selection: {len({run.selected for run in runs}) == 1}")
-    for run in runs[1:]:
-        clock, processor = run.seconds / runs[0].seconds, run.processor / runs[0].processor
-        print(f"ratio {run.name} / pruned: {clock:.1f}   by processor time: {processor:.1f}")
+    ways = [exhaustive] * ("exhaustive" not in options.skip) + ["naive"] * ("naive" not in options.skip)
+    pruned = apart(measured, "pruned", options, None)
+    show(pruned)
+    ratios = {}
+    for name in ways:
+        run = apart(measured, name, options, pruned.known if name == "naive" else None)
+        show(run)
+        ratios[name] = run.seconds / pruned.seconds
+        print(
+            f"ratio {name} / pruned: {ratios[name]:.1f}   by processor time: {run.processor / pruned.processor:.1f}   "
+            f"same selection: {run.selected == pruned.selected}",
+            flush=True,
+        )
+    return ratios
 
 
 if __name__ == "__main__":

@@ -96,8 +96,8 @@ class Thresholds:
     """Discard candidates from this last fraction of the layers."""
 
     def __post_init__(self) -> None:
-        _require(math.isfinite(self.kl), "kl_threshold", self.kl, "a finite number")
-        _require(math.isfinite(self.induce), "induce_threshold", self.induce, "a finite number")
+        _require(not math.isnan(self.kl), "kl_threshold", self.kl, "a number")
+        _require(not math.isnan(self.induce), "induce_threshold", self.induce, "a number")
         _require(0 <= self.prune_layers < 1, "prune_layers", self.prune_layers, "at least 0 and below 1")
 
 

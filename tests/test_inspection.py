@@ -113,7 +113,7 @@ def test_time_is_read_off_as_once_a_pass_and_each_token(monkeypatch: pytest.Monk
         return 2.0 + 1e-3 * token_layers(ready.engine, rows, candidates)  # type: ignore[attr-defined]
 
     monkeypatch.setattr(inspection, "_timed", timed)
-    ready = inspection.prepare(CONFIG, seconds={})
+    ready = inspection.prepare(CONFIG)
     sweeps = inspection._sweeps(ready, CONFIG)
     cost = inspection._cost(ready, sweeps, load_seconds=7.0)
     candidates = inspection._stand_ins(ready)
