@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -257,11 +257,16 @@ def _task(argv: Sequence[str]) -> tuple[Callable[[Config], None], Sequence[str]]
 
 def _finished(config: Config) -> set[tuple[Path, int]]:
     """The finished parts of a run that has not ended, and when each was finished."""
-    return {(path, path.stat().st_mtime_ns) for path in (config.output_dir / UNFINISHED).rglob("*.safetensors")}
+    found = set()
+    for path in (config.output_dir / UNFINISHED).rglob("*.safetensors"):
+        with suppress(FileNotFoundError):  # the first process forgets those of an earlier run
+            found.add((path, path.stat().st_mtime_ns))
+    return found
 
 
 def _main(argv: Sequence[str] | None, defaults: Config) -> int:
-    config, before = None, set[tuple[Path, int]]()
+    config: Config | None = None
+    before: set[tuple[Path, int]] = set()
     try:
         if defaults.rules.images:
             defaults = _sample_sizes_from_environment(defaults)

@@ -81,15 +81,19 @@ class ResidualStream:
             yield
 
     @contextmanager
-    def _counted(self) -> Iterator[None]:
+    def _in_force(self, among_ablated: Tensor | None = None) -> Iterator[None]:
         self.in_force += 1
+        self._ablated += [] if among_ablated is None else [among_ablated]
         try:
             yield
         finally:
             self.in_force -= 1
+            self._ablated = [v for v in self._ablated if v is not among_ablated]
 
     def _beyond_ablated(self, u: Tensor) -> Tensor:
         """What u has beyond the directions that are ablated already, of unit length; zero where that is nothing."""
+        if not self._ablated:
+            return u
         for v in self._ablated:
             u = u - (u * v).sum(-1, keepdim=True) * v
         return unit(torch.where(u.norm(dim=-1, keepdim=True) > _NOTHING_LEFT, u, 0.0))
@@ -99,9 +103,7 @@ class ResidualStream:
         """Within the context the stream has no component along u (of unit length), anywhere."""
         u = self._beyond_ablated(u)  # else what is taken off along u would put back something along those
         project = _change_input(lambda x: ablate(x, u.to(x)))
-        with self._counted(), ExitStack() as hooks:
-            before, self._ablated = self._ablated, [*self._ablated, u]
-            hooks.callback(setattr, self, "_ablated", before)
+        with self._in_force(among_ablated=u), ExitStack() as hooks:
             for index, layer in enumerate(self.layers):
                 hooks.callback(layer.register_forward_pre_hook(project, with_kwargs=True).remove)
                 hooks.enter_context(self.ablating(index, u))
@@ -117,10 +119,8 @@ class ResidualStream:
             return x + (r if r.ndim == 1 else r.unsqueeze(1)).to(x)
 
         add = _change_input(plus)
-        with (
-            self._counted(),
-            ExitStack() as hooks,
-        ):  # before all ablation, so that it does not matter which context is opened first
+        with self._in_force(), ExitStack() as hooks:
+            # before all ablation, so that it does not matter which context is opened first
             handle = self.layers[layer].register_forward_pre_hook(add, with_kwargs=True, prepend=True)
             hooks.callback(handle.remove)
             yield
