@@ -19,13 +19,11 @@ from torch import Tensor
 from refusal_direction import ChatModel, load_chat_model
 from refusal_direction.checkpoints import Checkpoints, fingerprint
 from refusal_direction.config import Config, ModelSource
-from refusal_direction.directions import mean_difference
 from refusal_direction.engine import Engine
 from refusal_direction.models.refusal_tokens import RefusalTokens
 from refusal_direction.prompts.sets import Prompt
-from refusal_direction.scoring import Scores, Setting, intervention_rows, measure_baseline, score_candidates
 from tests.families import FAMILIES, build
-from tests.problems import N_POSITIONS, Problem, engine_of, make_problem
+from tests.problems import engine_of, make_problem, solve
 
 PART = {"a": torch.arange(6.0).view(2, 3)}
 
@@ -146,22 +144,6 @@ class Cut(Checkpoints):
         super().save(key, part)
 
 
-def both_sweeps(engine: Engine, problem: Problem, store: Checkpoints) -> Scores:
-    tokens, places = RefusalTokens((7, 11), ("a", "b"), "a test"), problem.indices()
-    baseline = measure_baseline(
-        engine,
-        tokens,
-        n_positions=N_POSITIONS,
-        activations_of=places["harmful_train"] + places["harmless_train"],
-        logits_of=places["harmless_val"],
-        store=store,
-    )
-    middle = len(places["harmful_train"])
-    means = mean_difference(baseline.activations[:middle], baseline.activations[middle:])
-    setting = Setting(engine, tokens, means, baseline, places, store)
-    return score_candidates(setting, setting.flat, rows=intervention_rows(setting.flat, **setting.validation))
-
-
 def small_parts(name: str = "llama") -> Engine:
     engine = engine_of(build(FAMILIES[name]), make_problem())
     engine.budget.hidden_bytes = 12_000
@@ -171,12 +153,12 @@ def small_parts(name: str = "llama") -> Engine:
 @pytest.mark.parametrize("kept", [0, 1, 2, 4])
 def test_resumed_scores_are_those_of_an_uninterrupted_run(tmp_path: Path, kept: int) -> None:
     problem = make_problem()
-    expected = both_sweeps(small_parts(), problem, Checkpoints(tmp_path / "whole", "run", resume=False))
+    expected = solve(small_parts(), problem, Checkpoints(tmp_path / "whole", "run", resume=False)).scores
     cut = Cut(tmp_path, "run", resume=False)
     cut.left = kept
     with pytest.raises(Killed):
-        both_sweeps(small_parts(), problem, cut)
-    found = both_sweeps(small_parts(), problem, Checkpoints(tmp_path, "run", resume=True))
+        solve(small_parts(), problem, cut)
+    found = solve(small_parts(), problem, Checkpoints(tmp_path, "run", resume=True)).scores
     for ours, theirs in (
         (found.ablation, expected.ablation),
         (found.steering, expected.steering),
@@ -187,10 +169,10 @@ def test_resumed_scores_are_those_of_an_uninterrupted_run(tmp_path: Path, kept: 
 
 def test_finished_parts_are_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = make_problem()
-    first = both_sweeps(small_parts(), problem, Checkpoints(tmp_path, "run", resume=False))
+    first = solve(small_parts(), problem, Checkpoints(tmp_path, "run", resume=False)).scores
     monkeypatch.setattr(Engine, "baseline", lambda *_, **__: pytest.fail("sweep 1 was run again"))
     monkeypatch.setattr(Engine, "intervene", lambda *_, **__: pytest.fail("sweep 2 was run again"))
-    again = both_sweeps(small_parts(), problem, Checkpoints(tmp_path, "run", resume=True))
+    again = solve(small_parts(), problem, Checkpoints(tmp_path, "run", resume=True)).scores
     assert torch.equal(again.ablation.nan_to_num(9.0), first.ablation.nan_to_num(9.0))
     assert torch.equal(again.kl.nan_to_num(9.0), first.kl.nan_to_num(9.0))
 
@@ -201,9 +183,9 @@ def test_a_run_that_fell_back_resumes_as_it_was(tmp_path: Path, monkeypatch: pyt
     cut = Cut(tmp_path, "run", resume=False)
     cut.left = 1
     with pytest.raises(Killed):
-        both_sweeps(engine, problem, cut)
+        solve(engine, problem, cut)
     again = small_parts()
-    both_sweeps(again, problem, Checkpoints(tmp_path, "run", resume=True))
+    solve(again, problem, Checkpoints(tmp_path, "run", resume=True))
     assert again.name == "hooked"
 
 
