@@ -166,6 +166,11 @@ def _jsonable(content: Any) -> Any:
     return str(content) if isinstance(content, Path) else content
 
 
+def _spelled(threshold: float) -> float | str:
+    """An infinite threshold in letters: it is neither a number in JSON nor missing."""
+    return threshold if math.isfinite(threshold) else str(threshold)
+
+
 def _metadata(extraction: Extraction) -> dict[str, Any]:
     n_positions, n_layers, d_model = extraction.candidates.shape
     return {
@@ -221,7 +226,10 @@ def _run(extraction: Extraction) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "config": asdict(extraction.config),
+        "config": {
+            **asdict(extraction.config),
+            "thresholds": {name: _spelled(value) for name, value in asdict(extraction.config.thresholds).items()},
+        },
         "versions": _versions(),
         "model": {
             "model_id": chat.model_id,
@@ -317,6 +325,8 @@ def load_direction(folder: str | Path = "artifacts") -> Direction:
         rules = next(iter(_kinds(folder)), TEXT)
         metadata = json.loads((folder / _file_name("direction_metadata.json", rules)).read_text(encoding="utf-8"))
         vector = torch.load(folder / _file_name("refusal_direction.pt", rules), weights_only=True)
+        if not isinstance(vector, torch.Tensor) or vector.ndim != 1:
+            raise ValueError("refusal_direction.pt holds no vector")
         return Direction(vector, metadata["layer"], metadata["position"], metadata["model_id"])
     except OSError as error:
         raise OutputError(

@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,19 +35,35 @@ _SAMPLED = 256  # elements of each weight that tell a model from another
 _FORM = 1  # of what is kept; another one is not read
 
 
-def fingerprint(config: Config, chat: ChatModel, inputs: Sequence[Mapping[str, Tensor]], tokens: RefusalTokens) -> str:
-    """What the numbers of a run depend on. Thresholds do not matter: what is kept are scores, not decisions."""
+def fingerprint(
+    config: Config,
+    chat: ChatModel,
+    inputs: Sequence[Mapping[str, Tensor]],
+    tokens: RefusalTokens,
+    *,
+    given: bool = False,
+) -> str:
+    """What the numbers of a run depend on. Thresholds do not matter: what is kept are scores, not decisions.
+
+    Args:
+        config: says where the weights come from, and how they are loaded.
+        chat: the model.
+        inputs: the model's inputs for every prompt.
+        tokens: the refusal tokens.
+        given: whether the model was handed over in memory, where it may have been trained further: then some elements of
+            each weight count as well. Of one that was just loaded they do not: which of them are in memory, and which on
+            disk, depends on the memory that is free.
+    """
     versions = [torch.__version__, transformers.__version__, _FORM]
     tensors = (tensor for one in inputs for _, tensor in sorted(one.items()))
     source = config.model
     files = [_files(Path(name)) for name in (source.model_id, source.adapter) if name is not None]
     weights = [vars(source), chat.revision, files, str(chat.model.dtype)]
     settings = [str(chat.model.device.type), tokens.ids, chat.n_positions]
-    return digest(versions, weights, settings, *_samples(chat.model), *tensors)
+    return digest(versions, weights, settings, *(_samples(chat.model) if given else ()), *tensors)
 
 
 def _samples(model: nn.Module) -> Iterator[Tensor]:
-    """Some elements of each weight in memory: a model that was trained further is another one."""
     for weight in model.parameters():
         if not weight.is_meta:
             flat = weight.detach().flatten()
@@ -108,7 +125,8 @@ class Checkpoints:
             half.replace(path)
         except OSError as error:
             self._full = True
-            half.unlink(missing_ok=True)
+            with suppress(OSError):
+                half.unlink(missing_ok=True)
             log.warning("Finished parts cannot be kept for --resume (%s); the run goes on without.", error)
 
 

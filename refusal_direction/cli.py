@@ -280,7 +280,7 @@ def _main(argv: Sequence[str] | None, defaults: Config) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except RefusalDirectionError as error:
         print(f"Error: {error}", file=sys.stderr)
-        if config is not None and _finished(config) - before:
+        if config is not None and _finished(config) - (set() if config.resume else before):
             print(
                 "What was measured is kept: --resume goes on from there, also with other thresholds.", file=sys.stderr
             )

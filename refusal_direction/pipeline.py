@@ -133,13 +133,14 @@ def extract(
     Raises RefusalDirectionError: see refusal_direction.errors for every case.
     """
     config, chat = _resolve(model, config)
+    given = chat is not None
     search_name(config)  # an unknown search is found out before the work
     with _recorded_warnings() as warnings, _left_alone(chat):
         ready = prepare(config, chat=chat, prompts=prompts, progress=progress is not None)
         clock = _Clock(dict(ready.seconds))
         progress = progress or _silent
         chat, prompts, tokens, engine = ready.chat, ready.prompts, ready.tokens, ready.engine
-        store = NOWHERE if unfinished is None else _checkpoints(unfinished, config, ready)
+        store = NOWHERE if unfinished is None else _checkpoints(unfinished, config, ready, given=given)
         with clock("baseline"):
             baseline = _baseline(ready, progress, store)
             _check_finite(baseline, chat)
@@ -331,8 +332,8 @@ def _tokens(config: Config, chat: ChatModel, prompts: PromptSets) -> RefusalToke
     return refusal_tokens.chosen(chat, config.refusal_tokens, config.rules)
 
 
-def _checkpoints(folder: Path, config: Config, ready: Prepared) -> Checkpoints:
-    same = fingerprint(config, ready.chat, ready.engine.prompts, ready.tokens)
+def _checkpoints(folder: Path, config: Config, ready: Prepared, *, given: bool) -> Checkpoints:
+    same = fingerprint(config, ready.chat, ready.engine.prompts, ready.tokens, given=given)
     return Checkpoints(folder, same, resume=config.resume)
 
 

@@ -1,6 +1,7 @@
 """Results on disk: what they hold, and that they are never half-written or mixed."""
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -83,6 +84,13 @@ def test_per_prompt_scores_average_to_the_scores(extraction: Extraction, tmp_pat
             means = file.get_tensor(name).mean(1)
             assert torch.allclose(means, torch.tensor([row[name] for row in scores], dtype=means.dtype))
         assert len(json.loads(file.metadata()["harmful_ids"])) == file.get_tensor("ablation_refusal").shape[1]
+
+
+def test_an_infinite_threshold_is_spelled_out(extraction: Extraction, tmp_path: Path):
+    thresholds = replace(extraction.config.thresholds, kl=math.inf, induce=-math.inf)
+    artifacts.write(replace(extraction, config=replace(extraction.config, thresholds=thresholds)), tmp_path)
+    recorded = json.loads((tmp_path / "run.json").read_text())["config"]["thresholds"]
+    assert recorded == {"kl": "inf", "induce": "-inf", "prune_layers": 0.2}
 
 
 def test_json_has_null_for_nan(extraction: Extraction, tmp_path: Path):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -95,11 +96,19 @@ def test_weights_that_were_trained_further_are_others() -> None:
         Config(model=ModelSource("demo")),
         RefusalTokens((7,), ("I",), "a test"),
     )
-    before = fingerprint(config, chat, [], tokens)
-    assert fingerprint(config, chat, [], tokens) == before
+    before = fingerprint(config, chat, [], tokens, given=True)
+    assert fingerprint(config, chat, [], tokens, given=True) == before
     with torch.no_grad():
         chat.model.model.layers[3].mlp.down_proj.weight *= 0.8
-    assert fingerprint(config, chat, [], tokens) != before
+    assert fingerprint(config, chat, [], tokens, given=True) != before
+
+
+def test_where_a_model_that_was_just_loaded_lies_does_not_matter(chat: ChatModel) -> None:
+    """With less free memory more of it is on disk."""
+    config, tokens = Config(model=ModelSource("demo")), RefusalTokens((7,), ("I",), "a test")
+    apart = replace(chat, model=deepcopy(chat.model))
+    apart.model.model.layers[3].mlp.to("meta")
+    assert fingerprint(config, apart, [], tokens) == fingerprint(config, chat, [], tokens)
 
 
 def test_an_adapter_in_a_folder_is_known_by_its_files(chat: ChatModel, tmp_path: Path) -> None:
@@ -121,6 +130,14 @@ def test_where_nothing_can_be_kept_the_run_goes_on_and_says_so_once(
     kept.save("three", PART)
     assert caplog.text.count("cannot be kept for --resume") == 1
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["one.safetensors"]
+
+
+def test_not_even_what_is_half_written_need_be_removable(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / ".unfinished").touch()  # a file where the folder would be
+    kept = Checkpoints(tmp_path / "elsewhere", "same", resume=False)
+    kept._folder = tmp_path / ".unfinished" / "same"
+    kept.save("one", PART)
+    assert "cannot be kept for --resume" in caplog.text
 
 
 def test_thresholds_and_places_do_not_matter(chat: ChatModel, tmp_path: Path) -> None:

@@ -146,6 +146,12 @@ def test_an_error_is_one_message_without_traceback_and_exit_code_2(
     assert ("--resume" in shown.err) == bool(left)
 
 
+def test_what_is_kept_is_said_again_after_another_try(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for more in ((), ("--resume",), ("--resume",)):
+        assert run("--kl_threshold", "-1", *more, output=tmp_path) == 2
+        assert "What was measured is kept: --resume goes on" in capsys.readouterr().err
+
+
 def test_an_output_folder_that_cannot_be_written_is_found_before_the_work(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaModel, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
-from refusal_direction.engine.interventions import ablated, steered
+from refusal_direction.engine.interventions import ablated, intervened, steered
 from refusal_direction.errors import UnsupportedModelError
 from tests.families import D_MODEL, FAMILIES, N_LAYERS, build, layers_of
 from tests.oracles import reference, stream
@@ -96,6 +96,27 @@ def test_nested_ablations_leave_nothing_along_any_of_their_directions(
     assert control.worst > 1e-2
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.float16, torch.float32)])
+def test_ablating_again_in_another_precision_is_ablating_once(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """What rounding sets the two apart by is no direction of its own."""
+    model, r = build(FAMILIES["llama"]), direction()
+    first, again = (r.to(dtype) for dtype in dtypes)
+    with ablated(model, first):
+        once = logits(model)
+        with ablated(model, -3 * again):
+            assert same(logits(model), once)
+
+
+def test_nested_directions_for_different_numbers_of_rows_are_refused() -> None:
+    model = build(FAMILIES["llama"])
+    with (
+        ablated(model, direction(rows=3)),
+        pytest.raises(ValueError, match="2 directions within 3"),
+        ablated(model, direction(rows=2)),
+    ):
+        pass
+
+
 @some_families
 def test_what_steering_adds_along_an_ablated_direction_is_taken_off_whichever_comes_first(name: str) -> None:
     model, r = build(FAMILIES[name]), direction()
@@ -140,6 +161,45 @@ def test_a_compiled_model_need_not_have_been_looked_at_before() -> None:
     logits(model)
     with ablated(model, r):
         assert same(logits(model), expected)
+
+
+def test_a_compiled_wrapper_and_its_model_are_one() -> None:
+    model, first, second = build(FAMILIES["llama"]), direction(0), direction(0) + direction(1)
+    wrapper: Any = torch.compile(model, backend="eager")
+    with ablated(model, first), ablated(model, second):
+        expected = logits(model)
+    with ablated(wrapper, first):
+        assert intervened(model)
+        with ablated(model, second):
+            assert same(logits(wrapper), expected)
+
+
+def test_compiled_code_is_used_again_once_the_last_context_has_ended() -> None:
+    """Also where contexts of two models end in another order than by nesting, as on two threads."""
+    traced: list[object] = []
+
+    def backend(graph: Any, inputs: object) -> Any:
+        traced.append(graph)
+        return graph.forward
+
+    twice = torch.compile(lambda x: 2 * x, backend=backend)
+    one, other = (ablated(build(FAMILIES["llama"]), direction()) for _ in range(2))
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    twice(torch.ones(2))
+    assert not traced
+    other.__exit__(None, None, None)
+    twice(torch.ones(3))
+    assert len(traced) == 1
+
+
+def test_layers_that_are_replaced_within_a_context_are_an_error() -> None:
+    model, r = build(FAMILIES["llama"]), direction()
+    with ablated(model, r):
+        model.model.layers[2] = deepcopy(model.model.layers[2])
+        with pytest.raises(ValueError, match="layers were replaced"), ablated(model, r):
+            pass
 
 
 @pytest.mark.parametrize("whole", [True, False])

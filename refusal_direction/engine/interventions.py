@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
-from threading import RLock
+from threading import Lock, RLock
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +32,17 @@ __all__ = ["ResidualStream", "ablated", "eagerly", "intervened", "residual_strea
 _PROBE_TOKENS = 12
 _STREAM = "_refusal_direction_stream"  # the model carries what was found out about it
 _finding = RLock()
+_stance_lock = Lock()
+_stances: list[Any] = []  # what sets the stance back, and an entry for each open `eagerly`
 _NOTHING_LEFT = 1e-5  # of a unit vector, once what is ablated already is taken off
+
+
+@dataclass(frozen=True, eq=False)
+class _Ablated:
+    """A direction that is ablated, and how far its elements may be rounded."""
+
+    u: Tensor
+    eps: float
 
 
 class ResidualStream:
@@ -43,7 +54,7 @@ class ResidualStream:
         self.members = tuple(self.layers)
         self.in_force = 0
         """How many of the contexts `ablated` and `steered` are open."""
-        self._ablated: list[Tensor] = []  # orthonormal, row by row
+        self._ablated: list[_Ablated] = []  # orthonormal, row by row
         ids = torch.arange(3, 3 + _PROBE_TOKENS, device=execution_device(model)).unsqueeze(0)
         with resident(*self.skeleton.outer, recurse=False), self.skeleton.explained(ids):
             prelude = self.skeleton.prelude({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
@@ -81,7 +92,7 @@ class ResidualStream:
             yield
 
     @contextmanager
-    def _in_force(self, among_ablated: Tensor | None = None) -> Iterator[None]:
+    def _in_force(self, among_ablated: _Ablated | None = None) -> Iterator[None]:
         self.in_force += 1
         self._ablated += [] if among_ablated is None else [among_ablated]
         try:
@@ -90,20 +101,24 @@ class ResidualStream:
             self.in_force -= 1
             self._ablated = [v for v in self._ablated if v is not among_ablated]
 
-    def _beyond_ablated(self, u: Tensor) -> Tensor:
-        """What u has beyond the directions that are ablated already, of unit length; zero where that is nothing."""
+    def _beyond_ablated(self, u: Tensor, eps: float) -> Tensor:
+        """What u has beyond the directions that are ablated already, of unit length; zero where that is rounding."""
         if not self._ablated:
             return u
-        for v in self._ablated:
+        for other in self._ablated:
+            v = other.u.to(u)
+            if u.ndim == v.ndim == 2 and len(u) != len(v):
+                raise ValueError(f"{len(u)} directions within {len(v)}: give one direction, or one for each row.")
             u = u - (u * v).sum(-1, keepdim=True) * v
-        return unit(torch.where(u.norm(dim=-1, keepdim=True) > _NOTHING_LEFT, u, 0.0))
+        rounding = max(_NOTHING_LEFT, 4 * max(eps, *(other.eps for other in self._ablated)))
+        return unit(torch.where(u.norm(dim=-1, keepdim=True) > rounding, u, 0.0))
 
     @contextmanager
-    def ablated(self, u: Float[Tensor, "d_model"] | Float[Tensor, "row d_model"]) -> Iterator[None]:
-        """Within the context the stream has no component along u (of unit length), anywhere."""
-        u = self._beyond_ablated(u)  # else what is taken off along u would put back something along those
+    def ablated(self, u: Float[Tensor, "d_model"] | Float[Tensor, "row d_model"], eps: float = 0.0) -> Iterator[None]:
+        """Within the context the stream has no component along u (of unit length, known up to `eps`), anywhere."""
+        u = self._beyond_ablated(u, eps)  # else what is taken off along u would put back something along those
         project = _change_input(lambda x: ablate(x, u.to(x)))
-        with self._in_force(among_ablated=u), ExitStack() as hooks:
+        with self._in_force(among_ablated=_Ablated(u, eps)), ExitStack() as hooks:
             for index, layer in enumerate(self.layers):
                 hooks.callback(layer.register_forward_pre_hook(project, with_kwargs=True).remove)
                 hooks.enter_context(self.ablating(index, u))
@@ -158,23 +173,45 @@ def residual_stream(model: PreTrainedModel) -> ResidualStream:
 
     Raises UnsupportedModelError where it cannot be found.
     """
+    model = _uncompiled(model)
     with _finding:
         stream = model.__dict__.get(_STREAM)
         if stream is None or stream.training != model.training or stream.members != tuple(find_layers(model)):
+            if intervened(model):
+                raise ValueError("Within `ablated` or `steered` layers were replaced, or train() or eval() was called.")
             stream = model.__dict__[_STREAM] = ResidualStream(model)
             stream.skeleton.held.close()
     return stream
 
 
+def _uncompiled(model: PreTrainedModel) -> PreTrainedModel:
+    """The model itself, of what `torch.compile(model)` returns."""
+    return getattr(model, "_orig_mod", model)
+
+
 def intervened(model: PreTrainedModel) -> bool:
     """Whether a context of `ablated` or `steered` is open on the model."""
-    stream = model.__dict__.get(_STREAM)
+    stream = _uncompiled(model).__dict__.get(_STREAM)
     return stream is not None and stream.in_force > 0
 
 
-def eagerly() -> AbstractContextManager[object]:
-    """Within the context compiled code is passed over: torch.compile neither sees hooks come nor sees them go."""
-    return torch.compiler.set_stance("force_eager")
+@contextmanager
+def eagerly() -> Iterator[None]:
+    """Within the context compiled code is passed over: torch.compile neither sees hooks come nor sees them go.
+
+    torch has one stance for all threads, so the first context that is opened sets it, and the last that ends sets it back.
+    """
+    with _stance_lock:
+        if not _stances:
+            _stances.append(torch.compiler.set_stance("force_eager"))  # in force from here on
+        _stances.append(None)
+    try:
+        yield
+    finally:
+        with _stance_lock:
+            _stances.pop()
+            if len(_stances) == 1:
+                _stances.pop().__exit__(None, None, None)
 
 
 def _change_input(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
@@ -193,8 +230,8 @@ def ablated(
     """Directional ablation (paper, eq. 5): no write into the residual stream has a component along `direction`.
 
     Projects the embedding output and every attention and MLP write, in every layer and at every position. Contexts may be
-    nested: then there is no component along any of their directions, and what `steered` adds along them is taken off, too.
-    Within them compiled code is not used.
+    nested, if they end as `with` blocks do: then there is no component along any of their directions, and what `steered`
+    adds along them is taken off, too. Within them compiled code is not used.
 
     Args:
         model: any transformers decoder with its head, also a vision-language model.
@@ -208,7 +245,8 @@ def ablated(
     """
     with eagerly():
         stream = residual_stream(model)
-        with stream.ablated(unit(_checked(direction, stream.skeleton.d_model))):
+        u = unit(_checked(direction, stream.skeleton.d_model))
+        with stream.ablated(u, torch.finfo(direction.dtype).eps):
             yield model
 
 
