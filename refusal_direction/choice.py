@@ -20,6 +20,7 @@ from refusal_direction.selection import (
     CandidateScore,
     Fate,
     Selection,
+    all_admitted,
     reasons,
     select,
     select_survivor,
@@ -150,7 +151,7 @@ def _by_kl_first(sweeps: Sweeps, config: Config, top_k: int | None) -> _Outcome:
     sweeps.run("Sweep 3: ablation and steering", rest)
     means, baseline = sweeps.means(), _harmless_baseline(sweeps.setting)
     chosen = select_survivor(means, finalists, config.thresholds, baseline, n_layers=n_layers, null=_null(sweeps))
-    strict = all(means[i].kl_div <= config.thresholds.kl and means[i].layer < sweeps.limit for i in finalists)
+    strict = all_admitted(means, finalists, config.thresholds, sweeps.limit)
     steering = baseline + config.thresholds.induce
     steering = steering if any(means[i].steering_refusal >= steering for i in finalists) else -inf
     return _Outcome(chosen, among=finalists, kl=config.thresholds.kl if strict else inf, steering=steering)

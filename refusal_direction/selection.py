@@ -21,6 +21,7 @@ __all__ = [
     "CandidateScore",
     "Fate",
     "Selection",
+    "all_admitted",
     "keep_fitting",
     "layer_limit",
     "reasons",
@@ -148,6 +149,13 @@ def survivors(
     return sorted(sorted(fitting or measured, key=lambda index: scores[index].kl_div)[:top_k])
 
 
+def all_admitted(
+    scores: Sequence[CandidateScore], finalists: Sequence[int], thresholds: Thresholds, limit: int
+) -> bool:
+    """Whether the `survivors` meet the conditions on layer and KL, which otherwise were relaxed for them."""
+    return all(scores[i].layer < limit and scores[i].kl_div <= thresholds.kl for i in finalists)
+
+
 def reasons(rules: Rules, limit: int, thresholds: Thresholds) -> dict[Fate, str]:
     """What to say of a candidate that was not chosen."""
     steering = f"steering score < {thresholds.induce:g} (--induce_threshold)"
@@ -238,7 +246,7 @@ def select_survivor(
     best = _lowest_ablation(scores, inducing or scored)
 
     limit = layer_limit(n_layers, thresholds)
-    strict = all(scores[i].layer < limit and scores[i].kl_div <= thresholds.kl for i in finalists)
+    strict = all_admitted(scores, finalists, thresholds, limit)
 
     def fate(index: int) -> Fate:
         if index in finalists:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock, RLock
@@ -32,8 +32,6 @@ __all__ = ["ResidualStream", "ablated", "eagerly", "intervened", "residual_strea
 _PROBE_TOKENS = 12
 _STREAM = "_refusal_direction_stream"  # the model carries what was found out about it
 _finding = RLock()
-_stance_lock = Lock()
-_stances: list[Any] = []  # what sets the stance back, and an entry for each open `eagerly`
 _NOTHING_LEFT = 1e-5  # of a unit vector, once what is ablated already is taken off
 
 
@@ -92,7 +90,7 @@ class ResidualStream:
             yield
 
     @contextmanager
-    def _in_force(self, among_ablated: _Ablated | None = None) -> Iterator[None]:
+    def _opened(self, among_ablated: _Ablated | None = None) -> Iterator[None]:
         self.in_force += 1
         self._ablated += [] if among_ablated is None else [among_ablated]
         try:
@@ -118,7 +116,7 @@ class ResidualStream:
         """Within the context the stream has no component along u (of unit length, known up to `eps`), anywhere."""
         u = self._beyond_ablated(u, eps)  # else what is taken off along u would put back something along those
         project = _change_input(lambda x: ablate(x, u.to(x)))
-        with self._in_force(among_ablated=_Ablated(u, eps)), ExitStack() as hooks:
+        with self._opened(among_ablated=_Ablated(u, eps)), ExitStack() as hooks:
             for index, layer in enumerate(self.layers):
                 hooks.callback(layer.register_forward_pre_hook(project, with_kwargs=True).remove)
                 hooks.enter_context(self.ablating(index, u))
@@ -134,7 +132,7 @@ class ResidualStream:
             return x + (r if r.ndim == 1 else r.unsqueeze(1)).to(x)
 
         add = _change_input(plus)
-        with self._in_force(), ExitStack() as hooks:
+        with self._opened(), ExitStack() as hooks:
             # before all ablation, so that it does not matter which context is opened first
             handle = self.layers[layer].register_forward_pre_hook(add, with_kwargs=True, prepend=True)
             hooks.callback(handle.remove)
@@ -195,23 +193,33 @@ def intervened(model: PreTrainedModel) -> bool:
     return stream is not None and stream.in_force > 0
 
 
-@contextmanager
-def eagerly() -> Iterator[None]:
-    """Within the context compiled code is passed over: torch.compile neither sees hooks come nor sees them go.
+class _Stance:
+    """torch has one stance towards compiled code for all threads: the first context sets it, the last sets it back."""
 
-    torch has one stance for all threads, so the first context that is opened sets it, and the last that ends sets it back.
-    """
-    with _stance_lock:
-        if not _stances:
-            _stances.append(torch.compiler.set_stance("force_eager"))  # in force from here on
-        _stances.append(None)
-    try:
-        yield
-    finally:
-        with _stance_lock:
-            _stances.pop()
-            if len(_stances) == 1:
-                _stances.pop().__exit__(None, None, None)
+    def __init__(self) -> None:
+        self._lock, self._open, self._restore = Lock(), 0, ExitStack()
+
+    @contextmanager
+    def eager(self) -> Iterator[None]:
+        with self._lock:
+            if self._open == 0:
+                self._restore.enter_context(torch.compiler.set_stance("force_eager"))
+            self._open += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._open -= 1
+                if self._open == 0:
+                    self._restore.close()
+
+
+_stance = _Stance()
+
+
+def eagerly() -> AbstractContextManager[None]:
+    """Within the context compiled code is passed over: torch.compile neither sees hooks come nor sees them go."""
+    return _stance.eager()
 
 
 def _change_input(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
