@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -55,26 +56,14 @@ def _layer_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LayerMajor, "_advance", skipping)
 
 
-def _branches_from_a_wrong_state(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows that enter above layer 0 start from something else; baseline rows are right."""
+def _branches_from(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that enter above layer 0 start from so many times what they should; baseline rows are right."""
     own = Lane.enter
 
     def entering(self: Lane, layer: int, embedded: Tensor, at_once: int) -> None:
         own(self, layer, embedded, at_once)
         if layer > 0:
-            self.hidden[self.entered(layer - 1) : self.entered(layer)] *= 1.1
-
-    monkeypatch.setattr(Lane, "enter", entering)
-
-
-def _branches_from_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows that enter above layer 0 are not a number; baseline rows are right."""
-    own = Lane.enter
-
-    def entering(self: Lane, layer: int, embedded: Tensor, at_once: int) -> None:
-        own(self, layer, embedded, at_once)
-        if layer > 0:
-            self.hidden[self.entered(layer - 1) : self.entered(layer)] = float("nan")
+            self.hidden[self.entered(layer - 1) : self.entered(layer)] *= factor
 
     monkeypatch.setattr(Lane, "enter", entering)
 
@@ -84,9 +73,10 @@ def _branches_from_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         _logits_too_large,
         _layer_left_out,
-        _branches_from_a_wrong_state,
-        _branches_from_no_number,
+        partial(_branches_from, 1.1),
+        partial(_branches_from, float("nan")),
     ],
+    ids=["logits too large", "layer left out", "branches from a wrong state", "branches from no number"],
 )
 def test_wrong_layer_major_result_is_noticed_and_replaced(
     fault: Callable[[pytest.MonkeyPatch], None],

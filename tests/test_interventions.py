@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaModel, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
-from refusal_direction.engine.interventions import ablated, intervened, steered
+from refusal_direction.engine.interventions import ablated, intervened, residual_stream, steered
 from refusal_direction.errors import UnsupportedModelError
 from tests.families import D_MODEL, FAMILIES, N_LAYERS, build, layers_of
 from tests.oracles import reference, stream
@@ -218,15 +218,22 @@ def test_layers_that_are_replaced_are_noticed(whole: bool) -> None:
 
 
 def test_several_threads_may_be_the_first_to_look_at_a_model() -> None:
+    """One of them looks, and all find the same; no forward is left replaced, no hook behind."""
     model, r, ready = build(FAMILIES["llama"]), direction(), Barrier(4)
+    plain = logits(model)
+    with reference.ablated(known(model, FAMILIES["llama"]), r):
+        expected = logits(model)
 
-    def look(_: int) -> None:
+    def look(_: int) -> object:
         ready.wait()
-        with ablated(model, r):
-            pass
+        return residual_stream(model)
 
     with ThreadPoolExecutor(4) as threads:
-        list(threads.map(look, range(4)))
+        found = list(threads.map(look, range(4)))
+    assert len({id(one) for one in found}) == 1
+    with ablated(model, r):
+        assert same(logits(model), expected)
+    assert same(logits(model), plain)
 
 
 def test_a_length_whose_square_float32_does_not_hold_is_no_matter() -> None:
