@@ -13,6 +13,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 from transformers import PreTrainedModel
 
+from refusal_direction.engine import products
 from refusal_direction.errors import ConfigurationError, OutOfMemoryError
 from refusal_direction.memory import free_bytes, keep_freed
 from refusal_direction.models.placement import execution_device, is_offloaded
@@ -48,11 +49,12 @@ class Budget:
         memory: int | None = None,
         reserved_bytes: int = 0,
     ) -> None:
-        self._model, self._memory, self._batch_size = model, memory, batch_size
+        self._model, self._layers, self._memory, self._batch_size = model, layers, memory, batch_size
         self.reserved_bytes = reserved_bytes
         self._widest = max(_width(module) for layer in layers for module in layer.modules())
         self._vocab = model.config.get_text_config().vocab_size
         self._shrunk = 1.0
+        self._room_for_blocks = False
         self.hidden_bytes = 0
         """What the hidden states of all rows under way may take."""
         self.reserve(0)
@@ -73,12 +75,24 @@ class Budget:
                 f"{ceil((held + least) / 2**20)}MiB. Raise it, or take fewer prompts (--n_train, --n_val)."
             )
         most = _CACHED_TOKENS if device.type == "cpu" else _DEVICE_TOKENS
+        if device.type == "cpu":
+            memory -= self._set_aside_blocks(memory)
         self._tokens = min(most, max(1, int(0.2 * memory) // a_token))
         self._logit_rows = max(1, min(1024, min(_LOGIT_BYTES, int(0.2 * memory)) // a_row_of_logits))
         most_hidden = memory // 3 if is_offloaded(self._model) else min(memory // 4, _HIDDEN_BYTES)
         self.hidden_bytes = most_hidden if self._memory is None else memory // 2
         if device.type == "cpu":
             keep_freed(self._tokens * a_token)
+
+    def _set_aside_blocks(self, memory: int) -> int:
+        """What of this memory goes to a layer in blocks (`BlockedWeights`): all it needs where that is little, else nothing."""
+        needed = max(products.blocked_bytes(layer, _CACHED_TOKENS, self._widest) for layer in self._layers)
+        self._room_for_blocks = products.available() and needed <= memory // 8
+        return needed if self._room_for_blocks else 0
+
+    def blocks(self, tokens: int) -> bool:
+        """Whether a layer's weights are brought into blocks for so many tokens."""
+        return self._room_for_blocks and tokens >= self._tokens
 
     def rows(self, length: int) -> int:
         """How many rows of `length` tokens go through a layer at once."""

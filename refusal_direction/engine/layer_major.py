@@ -20,6 +20,7 @@ from refusal_direction.engine.arguments import batch_axes, concatenate, take_row
 from refusal_direction.engine.budget import Budget, halving, must_fit
 from refusal_direction.engine.interventions import ResidualStream
 from refusal_direction.engine.prefix import find_prefix
+from refusal_direction.engine.products import BlockedWeights
 from refusal_direction.engine.residency import resident
 from refusal_direction.engine.rows import Candidates, Kind, Lane, Row, Tables, lay_out
 from refusal_direction.engine.skeleton import LayerCall, Prelude, hidden_states_of, replaced_forwards, shape_of
@@ -110,6 +111,10 @@ class LayerMajor:
     def shared(self) -> int:
         """How many tokens all prompts begin with that are run apart."""
         return 0 if self._prefix is None else self._prefix.ids.shape[1]
+
+    def _tokens_of(self, lane: Lane) -> int:
+        """How many tokens a row of it has."""
+        return self._groups[lane.group].prelude.hidden.shape[1]
 
     def _length(self, prompt: int) -> int:
         return self.prompts[prompt]["input_ids"].shape[-1]
@@ -239,13 +244,15 @@ class LayerMajor:
 
     def _step(self, lanes: list[Lane], lead: Lane | None, observe: Observe | None, tick: Tick) -> Callable[[int], None]:
         def step(index: int) -> None:
-            if lead is not None and self._prefix is not None:
-                with must_fit():
-                    lead.enter(index, self._groups[lead.group].prelude.hidden, self.budget.rows(self.shared))
-                self._advance(lead, index, silent)
-                self._prefix.hand_over()
-            for lane in lanes:
-                self._through_layer(lane, index, observe, tick)
+            tokens = sum(lane.entered(index) * self._tokens_of(lane) for lane in lanes)
+            with BlockedWeights() if self.budget.blocks(tokens) else nullcontext():
+                if lead is not None and self._prefix is not None:
+                    with must_fit():
+                        lead.enter(index, self._groups[lead.group].prelude.hidden, self.budget.rows(self.shared))
+                    self._advance(lead, index, silent)
+                    self._prefix.hand_over()
+                for lane in lanes:
+                    self._through_layer(lane, index, observe, tick)
 
         return step
 
