@@ -145,7 +145,7 @@ def naive(chat: ChatModel, sets: PromptSets, config: Config, known: Known) -> tu
     scores = {name: values.mean(1) for name, values in Naive(chat, kept).run().items()}
     columns = zip(*(scores[name].tolist() for name in ("ablation", "steering", "kl")), strict=True)
     means = [CandidateScore(0, index % known.n_layers, *values) for index, values in enumerate(columns)]
-    return select(means, known.n_layers, config.thresholds, known.null).index, scores
+    return select(means, known.n_layers, thresholds=config.thresholds, null=known.null).index, scores
 
 
 def naive_vision(chat: ChatModel, sets: PromptSets, config: Config, known: Known) -> tuple[int, dict[str, Tensor]]:

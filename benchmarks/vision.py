@@ -121,15 +121,18 @@ def ours(case: Case) -> dict[str, Any]:
     scores = scored(frozenset({Measure.KL}), None)
     lap("sweep 2, KL of every candidate")
     finalists = survivors(
-        _means(scores.ablation, scores.steering, scores.kl, means.shape[1]), means.shape[1], WHOLE, VISION.top_k or 15
+        _means(scores.ablation, scores.steering, scores.kl, means.shape[1]),
+        means.shape[1],
+        thresholds=WHOLE,
+        top_k=VISION.top_k or 15,
     )
     scores = scores.with_more(scored(ALL - {Measure.KL}, finalists))
     lap("sweep 3, ablation and steering of the survivors")
     chosen = select_survivor(
         _means(scores.ablation, scores.steering, scores.kl, means.shape[1]),
         finalists,
-        WHOLE,
-        float(baseline.refusal[kept["harmless_val"]].mean()),
+        thresholds=WHOLE,
+        baseline=float(baseline.refusal[kept["harmless_val"]].mean()),
         n_layers=means.shape[1],
     )
     return {
@@ -215,7 +218,9 @@ class Naive:
         for index in range(len(r)):
             with ablated(index):
                 kl[index] = kl_divergence(before, self.last_logits(harmless))
-        finalists = survivors(_means(ablation, steering, kl, n_layers), n_layers, self.thresholds, VISION.top_k or 15)
+        finalists = survivors(
+            _means(ablation, steering, kl, n_layers), n_layers, thresholds=self.thresholds, top_k=VISION.top_k or 15
+        )
         for index in finalists:
             with ablated(index):
                 ablation[index] = refusal_score(self.last_logits(harmful), self.tokens)
@@ -224,8 +229,8 @@ class Naive:
         chosen = select_survivor(
             _means(ablation, steering, kl, n_layers),
             finalists,
-            self.thresholds,
-            float(refusal_score(before, self.tokens).mean()),
+            thresholds=self.thresholds,
+            baseline=float(refusal_score(before, self.tokens).mean()),
             n_layers=n_layers,
         )
         return {

@@ -137,7 +137,9 @@ def _choice(sweeps: Sweeps, name: str, outcome: _Outcome) -> Choice:
 
 def _exhaustively(sweeps: Sweeps, config: Config) -> _Outcome:
     sweeps.run("Sweep 2: interventions", sweeps.rows(ALL))
-    chosen = select(sweeps.means(), sweeps.setting.candidates.shape[1], config.thresholds, _null(sweeps))
+    chosen = select(
+        sweeps.means(), sweeps.setting.candidates.shape[1], thresholds=config.thresholds, null=_null(sweeps)
+    )
     return _Outcome(chosen, among=_shallow(sweeps), kl=config.thresholds.kl, steering=config.thresholds.induce)
 
 
@@ -146,12 +148,16 @@ def _by_kl_first(sweeps: Sweeps, config: Config, top_k: int | None) -> _Outcome:
     n_layers = sweeps.setting.candidates.shape[1]
     everyone = range(len(sweeps.null))
     sweeps.run("Sweep 2: KL divergence", sweeps.rows(frozenset({Measure.KL})))
-    finalists = survivors(sweeps.means(), n_layers, config.thresholds, top_k or len(everyone), _null(sweeps))
+    finalists = survivors(
+        sweeps.means(), n_layers, thresholds=config.thresholds, top_k=top_k or len(everyone), null=_null(sweeps)
+    )
     rest = sweeps.rows(ALL - {Measure.KL}, everyone if top_k is None else finalists)
     sweeps.run("Sweep 3: ablation and steering", rest)
     means, baseline = sweeps.means(), _harmless_baseline(sweeps.setting)
-    chosen = select_survivor(means, finalists, config.thresholds, baseline, n_layers=n_layers, null=_null(sweeps))
-    strict = all_admitted(means, finalists, config.thresholds, sweeps.limit)
+    chosen = select_survivor(
+        means, finalists, thresholds=config.thresholds, baseline=baseline, n_layers=n_layers, null=_null(sweeps)
+    )
+    strict = all_admitted(means, finalists, thresholds=config.thresholds, limit=sweeps.limit)
     steering = baseline + config.thresholds.induce
     steering = steering if any(means[i].steering_refusal >= steering for i in finalists) else -inf
     return _Outcome(chosen, among=finalists, kl=config.thresholds.kl if strict else inf, steering=steering)
@@ -206,7 +212,9 @@ def _unselected(sweeps: Sweeps, config: Config, found: Found) -> _Outcome:
     alive = torch.nonzero(~sweeps.null).flatten().tolist()
     missing = [cell for candidate in alive for m in Measure for cell in found.table.missing(candidate, m)]
     sweeps.run("Nothing passes; the rest, for the nearest misses", rows_of(missing, **sweeps.setting.validation))
-    chosen = select(sweeps.means(), sweeps.setting.candidates.shape[1], config.thresholds, _null(sweeps))
+    chosen = select(
+        sweeps.means(), sweeps.setting.candidates.shape[1], thresholds=config.thresholds, null=_null(sweeps)
+    )
     return _Outcome(chosen, among=_shallow(sweeps), kl=config.thresholds.kl, steering=config.thresholds.induce)
 
 

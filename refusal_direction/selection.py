@@ -134,7 +134,12 @@ def layer_limit(n_layers: int, thresholds: Thresholds) -> int:
 
 
 def survivors(
-    scores: Sequence[CandidateScore], n_layers: int, thresholds: Thresholds, top_k: int, null: Container[int] = ()
+    scores: Sequence[CandidateScore],
+    n_layers: int,
+    *,
+    thresholds: Thresholds,
+    top_k: int,
+    null: Container[int] = (),
 ) -> list[int]:
     """The at most `top_k` candidates of lowest KL among those that the layer and KL conditions admit.
 
@@ -150,7 +155,7 @@ def survivors(
 
 
 def all_admitted(
-    scores: Sequence[CandidateScore], finalists: Sequence[int], thresholds: Thresholds, limit: int
+    scores: Sequence[CandidateScore], finalists: Sequence[int], *, thresholds: Thresholds, limit: int
 ) -> bool:
     """Whether the `survivors` meet the conditions on layer and KL, which otherwise were relaxed for them."""
     return all(scores[i].layer < limit and scores[i].kl_div <= thresholds.kl for i in finalists)
@@ -191,7 +196,7 @@ def _fate(score: CandidateScore, limit: int, thresholds: Thresholds, null: bool)
 
 
 def select(
-    scores: Sequence[CandidateScore], n_layers: int, thresholds: Thresholds, null: Container[int] = ()
+    scores: Sequence[CandidateScore], n_layers: int, *, thresholds: Thresholds, null: Container[int] = ()
 ) -> Selection:
     """The admissible candidate with the lowest ablation score; of equals the first (paper, appendix C).
 
@@ -214,9 +219,9 @@ def select(
 def select_survivor(
     scores: Sequence[CandidateScore],
     finalists: Sequence[int],
+    *,
     thresholds: Thresholds,
     baseline: float,
-    *,
     n_layers: int,
     null: Container[int] = (),
 ) -> Selection:
@@ -246,7 +251,7 @@ def select_survivor(
     best = _lowest_ablation(scores, inducing or scored)
 
     limit = layer_limit(n_layers, thresholds)
-    strict = all_admitted(scores, finalists, thresholds, limit)
+    strict = all_admitted(scores, finalists, thresholds=thresholds, limit=limit)
 
     def fate(index: int) -> Fate:
         if index in finalists:

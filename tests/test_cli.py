@@ -128,7 +128,7 @@ def test_calibration_is_recorded(tmp_path: Path):
         (["--chat_template", "{{ messages }"], "chat template"),
         (["--dtype", "int3"], "--dtype int3 is not known"),
         (["--revision", "main"], "only models on the Hub have revisions"),
-        (["--system_prompt", "Hi", "--chat_template", "{{ bos_token }}x"], "drops the system message"),
+        (["--system_prompt", "Hi", "--chat_template", "{{ messages[-1].content }}x"], "drops the system message"),
     ],
 )
 def test_an_error_is_one_message_without_traceback_and_exit_code_2(

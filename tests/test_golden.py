@@ -119,7 +119,7 @@ def _scores(published_run: dict[str, Any]) -> list[CandidateScore]:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_selection_reproduces_the_published_choice(name: str, published_runs: dict[str, Any]) -> None:
     published_run = published_runs[name]
-    selection = select(_scores(published_run), published_run["n_layers"], Config().thresholds)
+    selection = select(_scores(published_run), published_run["n_layers"], thresholds=Config().thresholds)
     assert {"position": selection.score.position, "layer": selection.score.layer} == published_run["selected"]
 
 
@@ -128,5 +128,5 @@ def test_lowest_ablation_score_alone_is_another_candidates(name: str, published_
     """Control: without the three conditions the choice would differ."""
     published_run = published_runs[name]
     anything = Thresholds(kl=float("inf"), induce=-float("inf"), prune_layers=0.0)
-    best = select(_scores(published_run), published_run["n_layers"], anything).score
+    best = select(_scores(published_run), published_run["n_layers"], thresholds=anything).score
     assert {"position": best.position, "layer": best.layer} != published_run["selected"]

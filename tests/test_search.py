@@ -71,9 +71,11 @@ class Problem:
         ]
         try:
             if self.top_k is None:
-                return select(means, self.n_layers, self.thresholds, self.null).index
-            finalists = survivors(means, self.n_layers, self.thresholds, self.top_k, self.null)
-            return select_survivor(means, finalists, self.thresholds, self.baseline, n_layers=self.n_layers).index
+                return select(means, self.n_layers, thresholds=self.thresholds, null=self.null).index
+            finalists = survivors(means, self.n_layers, thresholds=self.thresholds, top_k=self.top_k, null=self.null)
+            return select_survivor(
+                means, finalists, thresholds=self.thresholds, baseline=self.baseline, n_layers=self.n_layers
+            ).index
         except NoCandidateError:
             return None
 

@@ -21,19 +21,19 @@ def candidate(position: int, layer: int, **scores: float) -> CandidateScore:
 
 def test_the_lowest_ablation_score_is_selected():
     scores = [candidate(-2, 0), candidate(-2, 1, ablation_refusal=-7.0), candidate(-1, 0, ablation_refusal=-6.0)]
-    chosen = select(scores, 10, Thresholds())
+    chosen = select(scores, 10, thresholds=Thresholds())
     assert (chosen.index, chosen.score, chosen.discarded) == (1, scores[1], {})
     beaten = "another's ablation score is lower"
     assert chosen.dropped == (beaten, None, beaten)
 
 
 def test_a_tie_goes_to_the_first_in_position_layer_order():
-    assert select([candidate(-2, 3), candidate(-2, 4), candidate(-1, 0)], 10, Thresholds()).index == 0
+    assert select([candidate(-2, 3), candidate(-2, 4), candidate(-1, 0)], 10, thresholds=Thresholds()).index == 0
 
 
 @pytest.mark.parametrize("name", ["ablation_refusal", "steering_refusal", "kl_div"])
 def test_a_candidate_with_a_nan_is_discarded(name: str):
-    chosen = select([candidate(-1, 0, **{name: NAN}), candidate(-1, 1)], 10, Thresholds())
+    chosen = select([candidate(-1, 0, **{name: NAN}), candidate(-1, 1)], 10, thresholds=Thresholds())
     assert chosen.index == 1
     assert chosen.discarded == {"a score is NaN": 1}
 
@@ -47,26 +47,26 @@ def test_a_candidate_with_a_nan_is_discarded(name: str):
     ],
 )
 def test_a_better_candidate_that_breaks_a_condition_is_discarded(better: CandidateScore, reason: str):
-    chosen = select([better, candidate(-1, 1)], 10, Thresholds())
+    chosen = select([better, candidate(-1, 1)], 10, thresholds=Thresholds())
     assert chosen.index == 1
     assert [said.startswith(reason) for said in chosen.discarded] == [True]
 
 
 def test_the_conditions_include_their_thresholds():
     edge = candidate(-1, 7, kl_div=0.1, steering_refusal=0.0)
-    assert select([edge], 10, Thresholds()).index == 0
+    assert select([edge], 10, thresholds=Thresholds()).index == 0
 
 
 def test_the_cut_is_rounded_down():
-    assert select([candidate(-1, 13)], 18, Thresholds()).index == 0
+    assert select([candidate(-1, 13)], 18, thresholds=Thresholds()).index == 0
     with pytest.raises(NoCandidateError):
-        select([candidate(-1, 14)], 18, Thresholds())
+        select([candidate(-1, 14)], 18, thresholds=Thresholds())
 
 
 def test_no_admissible_candidate_is_an_error_that_counts_and_shows_the_nearest_misses():
     scores = [candidate(-1, 0, kl_div=0.13), candidate(-1, 1, steering_refusal=-0.2), candidate(-1, 9)]
     with pytest.raises(NoCandidateError) as caught:
-        select(scores, 10, Thresholds())
+        select(scores, 10, thresholds=Thresholds())
     message = str(caught.value)
     assert "1 by KL > 0.1" in message
     assert "1 by steering score < 0" in message
@@ -82,12 +82,12 @@ numbers = st.floats(-20, 20, allow_nan=False)
 def test_the_thresholds_shown_for_the_nearest_miss_suffice(rows: list[tuple[float, float, float]]):
     scores = [CandidateScore(-1, layer, *row) for layer, row in enumerate(rows)]
     try:
-        select(scores, 100, Thresholds())
+        select(scores, 100, thresholds=Thresholds())
     except NoCandidateError as error:
         words = str(error).split("misses:\n")[1].splitlines()[0].split()
         asked = {name: float(words[words.index(name) + 1]) for name in words if name.startswith("--")}
         relaxed = Thresholds(kl=asked.get("--kl_threshold", 0.1), induce=asked.get("--induce_threshold", 0.0))
-        assert select(scores, 100, relaxed)
+        assert select(scores, 100, thresholds=relaxed)
 
 
 @given(st.lists(st.tuples(numbers, numbers, st.floats(0, 0.2), st.booleans()), min_size=1, max_size=30))
@@ -95,10 +95,12 @@ def test_the_selection_equals_a_plain_search(rows: list[tuple[float, float, floa
     scores = [CandidateScore(-1, index, NAN if bad else a, s, kl) for index, (a, s, kl, bad) in enumerate(rows)]
     allowed = [x for x in scores if not math.isnan(x.ablation_refusal) and x.kl_div <= 0.1 and x.steering_refusal >= 0]
     if allowed:
-        assert select(scores, 100, Thresholds()).score == sorted(allowed, key=lambda x: x.ablation_refusal)[0]
+        assert (
+            select(scores, 100, thresholds=Thresholds()).score == sorted(allowed, key=lambda x: x.ablation_refusal)[0]
+        )
     else:
         with pytest.raises(NoCandidateError):
-            select(scores, 100, Thresholds())
+            select(scores, 100, thresholds=Thresholds())
 
 
 SETS = {"harmful_train": [0, 1, 2, 3, 4], "harmless_train": [5, 6, 7, 8, 9]}

@@ -246,6 +246,7 @@ def test_the_defaults_are_those_of_the_configuration() -> None:
         (["--harmful", "nowhere"], "there is no metadata.jsonl"),
         (["--refusal_tokens", "zyxwvut"], "is not one token"),
         (["--chat_template", "{{ messages }"], "chat template"),
+        (["--chat_template", "<image>{{ bos_token }}"], "leaves out the request"),
         (["--model_id", str(ROOT / "refusal_direction" / "demo" / "model")], "does not know as a model of this kind"),
     ],
 )

@@ -63,7 +63,7 @@ def plain_survivors(scores: Sequence[CandidateScore], top_k: int) -> set[int]:
 
 @given(candidates(st.one_of(st.floats(0, 0.3), st.sampled_from([0.02, 0.1]), st.just(NAN))), st.integers(1, 40))
 def test_survivors_equal_a_plain_search(scores: list[CandidateScore], top_k: int) -> None:
-    found = survivors(scores, N_LAYERS, DEFAULT, top_k)
+    found = survivors(scores, N_LAYERS, thresholds=DEFAULT, top_k=top_k)
     assert found == sorted(plain_survivors(scores, top_k))
 
 
@@ -71,7 +71,7 @@ def test_survivors_equal_a_plain_search(scores: list[CandidateScore], top_k: int
 def test_where_none_is_admitted_the_survivors_are_those_of_lowest_kl_of_all_layers(
     scores: list[CandidateScore], top_k: int
 ) -> None:
-    found = survivors(scores, N_LAYERS, DEFAULT, top_k)
+    found = survivors(scores, N_LAYERS, thresholds=DEFAULT, top_k=top_k)
     assert len(found) == min(top_k, len(scores))
     worst = max(scores[index].kl_div for index in found)
     assert all(score.kl_div >= worst for index, score in enumerate(scores) if index not in found)
@@ -79,7 +79,7 @@ def test_where_none_is_admitted_the_survivors_are_those_of_lowest_kl_of_all_laye
 
 @given(candidates(st.floats(0, 0.3)), st.integers(1, 40))
 def test_fewer_survivors_are_among_more_survivors(scores: list[CandidateScore], top_k: int) -> None:
-    few, more = (survivors(scores, N_LAYERS, DEFAULT, size) for size in (top_k, top_k + 1))
+    few, more = (survivors(scores, N_LAYERS, thresholds=DEFAULT, top_k=size) for size in (top_k, top_k + 1))
     assert set(few) <= set(more)
     assert len(more) - len(few) <= 1
 
@@ -87,36 +87,36 @@ def test_fewer_survivors_are_among_more_survivors(scores: list[CandidateScore], 
 def test_at_most_fifteen_survive_by_default() -> None:
     assert VISION.top_k == 15
     kl = [0.001 * index for index in range(30)]
-    assert survivors(scored(kl), N_LAYERS, DEFAULT, VISION.top_k) == [*range(8), *range(10, 17)]
+    assert survivors(scored(kl), N_LAYERS, thresholds=DEFAULT, top_k=VISION.top_k) == [*range(8), *range(10, 17)]
 
 
 def test_the_kl_threshold_is_included_and_the_last_layers_are_not(caplog: pytest.LogCaptureFixture) -> None:
     kl = [0.1] + [0.1000001] * 7 + [0.0, 0.0]
-    assert survivors(scored(kl), N_LAYERS, DEFAULT, 15) == [0]
+    assert survivors(scored(kl), N_LAYERS, thresholds=DEFAULT, top_k=15) == [0]
     assert caplog.records == []
 
 
 def test_of_equal_kl_the_first_survive() -> None:
-    assert survivors(scored([0.05, 0.01, 0.05, 0.05]), N_LAYERS, DEFAULT, 2) == [0, 1]
+    assert survivors(scored([0.05, 0.01, 0.05, 0.05]), N_LAYERS, thresholds=DEFAULT, top_k=2) == [0, 1]
 
 
 def test_survivors_stand_in_position_layer_order_whatever_their_kl() -> None:
-    assert survivors(scored([0.09, 0.01, 0.08, 0.02]), N_LAYERS, DEFAULT, 3) == [1, 2, 3]
+    assert survivors(scored([0.09, 0.01, 0.08, 0.02]), N_LAYERS, thresholds=DEFAULT, top_k=3) == [1, 2, 3]
 
 
 @given(candidates(st.floats(0, 0.3)), st.sets(st.integers(0, 29)))
 def test_a_candidate_of_length_zero_never_survives(scores: list[CandidateScore], null: set[int]) -> None:
     """Whatever its KL; the others survive as if it were not there."""
-    found = survivors(scores, N_LAYERS, DEFAULT, 15, null)
+    found = survivors(scores, N_LAYERS, thresholds=DEFAULT, top_k=15, null=null)
     assert not set(found) & null
     others = [replace(score, kl_div=NAN) if index in null else score for index, score in enumerate(scores)]
-    assert found == survivors(others, N_LAYERS, DEFAULT, 15)
+    assert found == survivors(others, N_LAYERS, thresholds=DEFAULT, top_k=15)
 
 
 def test_a_nan_kl_never_survives() -> None:
-    assert survivors(scored([NAN, 0.01, NAN, 0.02]), N_LAYERS, DEFAULT, 15) == [1, 3]
-    assert survivors(scored([NAN, 0.5, NAN]), N_LAYERS, DEFAULT, 15) == [1]
-    assert survivors(scored([NAN, NAN]), N_LAYERS, DEFAULT, 15) == []
+    assert survivors(scored([NAN, 0.01, NAN, 0.02]), N_LAYERS, thresholds=DEFAULT, top_k=15) == [1, 3]
+    assert survivors(scored([NAN, 0.5, NAN]), N_LAYERS, thresholds=DEFAULT, top_k=15) == [1]
+    assert survivors(scored([NAN, NAN]), N_LAYERS, thresholds=DEFAULT, top_k=15) == []
 
 
 @with_caplog
@@ -125,13 +125,13 @@ def test_the_kl_is_relaxed_with_a_warning_and_only_then(
     caplog: pytest.LogCaptureFixture, scores: list[CandidateScore]
 ) -> None:
     caplog.clear()
-    survivors(scores, N_LAYERS, DEFAULT, 15)
+    survivors(scores, N_LAYERS, thresholds=DEFAULT, top_k=15)
     admitted = [score for score in scores if score.layer < LIMIT and score.kl_div <= 0.1]
     assert bool(caplog.records) != bool(admitted)
 
 
 def test_the_warning_of_a_relaxed_kl_says_what_was_relaxed(caplog: pytest.LogCaptureFixture) -> None:
-    survivors(scored([0.2, 0.3]), N_LAYERS, Thresholds(kl=0.05, prune_layers=0.5), 15)
+    survivors(scored([0.2, 0.3]), N_LAYERS, thresholds=Thresholds(kl=0.05, prune_layers=0.5), top_k=15)
     assert [(record.levelno, record.name) for record in caplog.records] == [
         (logging.WARNING, "refusal_direction.selection")
     ]
@@ -165,35 +165,41 @@ def test_the_selection_equals_a_plain_search(
     expected = plain_choice(scores, finalists, baseline + induce)
     if expected is None:
         with pytest.raises(NoCandidateError):
-            select_survivor(scores, finalists, thresholds, baseline, n_layers=N_LAYERS)
+            select_survivor(scores, finalists, thresholds=thresholds, baseline=baseline, n_layers=N_LAYERS)
     else:
-        chosen = select_survivor(scores, finalists, thresholds, baseline, n_layers=N_LAYERS)
+        chosen = select_survivor(scores, finalists, thresholds=thresholds, baseline=baseline, n_layers=N_LAYERS)
         assert (chosen.index, chosen.score) == (expected, scores[expected])
 
 
 def test_the_steering_threshold_counts_from_the_baseline(caplog: pytest.LogCaptureFixture) -> None:
     scores = scored([0.0] * 3, ablation=[-9, -8, -7], steering=[-6.1, -6.0, 3.0])
     assert (
-        select_survivor(scores, [0, 1, 2], DEFAULT, -6.0, n_layers=N_LAYERS).index == 1
+        select_survivor(scores, [0, 1, 2], thresholds=DEFAULT, baseline=-6.0, n_layers=N_LAYERS).index == 1
     )  # the threshold itself is enough
-    assert select_survivor(scores, [0, 1, 2], Thresholds(induce=0.5), -6.0, n_layers=N_LAYERS).index == 2
-    assert select_survivor(scores, [0, 1, 2], Thresholds(induce=-0.5), -6.0, n_layers=N_LAYERS).index == 0
+    assert (
+        select_survivor(scores, [0, 1, 2], thresholds=Thresholds(induce=0.5), baseline=-6.0, n_layers=N_LAYERS).index
+        == 2
+    )
+    assert (
+        select_survivor(scores, [0, 1, 2], thresholds=Thresholds(induce=-0.5), baseline=-6.0, n_layers=N_LAYERS).index
+        == 0
+    )
     assert caplog.records == []
 
 
 def test_only_finalists_are_chosen() -> None:
     scores = scored([0.0] * 3, ablation=[-9, -8, -7], steering=[1.0] * 3)
-    assert select_survivor(scores, [1, 2], DEFAULT, 0.0, n_layers=N_LAYERS).index == 1
+    assert select_survivor(scores, [1, 2], thresholds=DEFAULT, baseline=0.0, n_layers=N_LAYERS).index == 1
 
 
 def test_of_equal_ablation_scores_the_first_is_chosen() -> None:
     scores = scored([0.0] * 4, ablation=[-1, -5, -5, -5], steering=[1.0, -1.0, 1.0, 1.0])
-    assert select_survivor(scores, [0, 1, 2, 3], DEFAULT, 0.0, n_layers=N_LAYERS).index == 2
+    assert select_survivor(scores, [0, 1, 2, 3], thresholds=DEFAULT, baseline=0.0, n_layers=N_LAYERS).index == 2
 
 
 def test_the_steering_condition_is_waived_with_a_warning_that_says_so(caplog: pytest.LogCaptureFixture) -> None:
     scores = scored([0.0] * 3, ablation=[-1, -5, -3], steering=[-2.0] * 3)
-    chosen = select_survivor(scores, [0, 1, 2], Thresholds(induce=0.25), -1.5, n_layers=N_LAYERS)
+    chosen = select_survivor(scores, [0, 1, 2], thresholds=Thresholds(induce=0.25), baseline=-1.5, n_layers=N_LAYERS)
     assert chosen.index == 1
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert caplog.messages == ["No candidate reaches a steering score of -1.25 when added; the condition is waived."]
@@ -202,7 +208,7 @@ def test_the_steering_condition_is_waived_with_a_warning_that_says_so(caplog: py
 
 def test_what_was_discarded_is_counted() -> None:
     scores = scored([0.0] * 5, ablation=[-1, -5, -3, -4, -9], steering=[1.0, -2.0, 1.0, -2.0, 1.0])
-    chosen = select_survivor(scores, [0, 1, 2, 3], DEFAULT, 0.0, n_layers=N_LAYERS)
+    chosen = select_survivor(scores, [0, 1, 2, 3], thresholds=DEFAULT, baseline=0.0, n_layers=N_LAYERS)
     assert chosen.index == 2
     assert chosen.discarded == {"not among those of lowest KL": 1, "steering score below the baseline": 2}
 
@@ -219,7 +225,7 @@ def test_what_was_discarded_says_by_which_condition() -> None:
             )
         )
     ]
-    chosen = select_survivor(scores, [0, 1], DEFAULT, 0.0, n_layers=8, null={3})
+    chosen = select_survivor(scores, [0, 1], thresholds=DEFAULT, baseline=0.0, n_layers=8, null={3})
     assert chosen.dropped == (
         None,
         "steering score below the baseline",
@@ -233,17 +239,17 @@ def test_what_was_discarded_says_by_which_condition() -> None:
 
 def test_candidates_that_were_not_scored_are_never_chosen(caplog: pytest.LogCaptureFixture) -> None:
     scores = scored([0.0] * 3, ablation=[NAN, -1, -2], steering=[5.0, 1.0, NAN])
-    assert select_survivor(scores, [0, 1, 2], DEFAULT, 0.0, n_layers=N_LAYERS).index == 1
+    assert select_survivor(scores, [0, 1, 2], thresholds=DEFAULT, baseline=0.0, n_layers=N_LAYERS).index == 1
     assert caplog.records == []
     with pytest.raises(NoCandidateError, match="NaN"):
-        select_survivor(scores, [0], DEFAULT, 0.0, n_layers=N_LAYERS)
+        select_survivor(scores, [0], thresholds=DEFAULT, baseline=0.0, n_layers=N_LAYERS)
     with pytest.raises(NoCandidateError, match="NaN"):
-        select_survivor(scores, [], DEFAULT, 0.0, n_layers=N_LAYERS)
+        select_survivor(scores, [], thresholds=DEFAULT, baseline=0.0, n_layers=N_LAYERS)
 
 
 def test_a_candidate_whose_steering_score_is_nan_is_not_chosen_when_the_condition_is_waived() -> None:
     scores = scored([0.0] * 2, ablation=[-9, -1], steering=[NAN, -4.0])
-    assert select_survivor(scores, [0, 1], DEFAULT, 0.0, n_layers=N_LAYERS).index == 1
+    assert select_survivor(scores, [0, 1], thresholds=DEFAULT, baseline=0.0, n_layers=N_LAYERS).index == 1
 
 
 # the filter's minimum

@@ -86,6 +86,14 @@ class ChatModel:
     def _closing(self) -> str:
         return closing(self._rendered(self._asked("Hello"), add_generation_prompt=True), self.thinking)
 
+    def check_request(self) -> None:
+        """Raise ChatTemplateError where the template leaves out what the user says."""
+        if len(set(map(self.render, _ENDINGS))) == 1:
+            raise ChatTemplateError(
+                f"The chat template of {self.model_id} leaves out the request, so that all prompts are alike. Pass "
+                "--chat_template with one that shows what the user says."
+            )
+
     def check_system_prompt(self) -> None:
         """Raise ChatTemplateError where a system prompt was asked for and the template refuses or drops it."""
         if self.system_prompt is None:
@@ -112,12 +120,8 @@ class ChatModel:
 
         Raises ChatTemplateError where it puts nothing there.
         """
+        self.check_request()
         encoded = [self.encode(request) for request in _ENDINGS]
-        if len(set(map(tuple, encoded))) == 1:
-            raise ChatTemplateError(
-                f"The chat template of {self.model_id} leaves out the request, so that all prompts are alike. Pass "
-                "--chat_template with one that shows what the user says."
-            )
         shared = 0
         while shared < min(map(len, encoded)) and len({tokens[-1 - shared] for tokens in encoded}) == 1:
             shared += 1

@@ -84,6 +84,7 @@ def _identity(source: ModelSource, model: PreTrainedModel) -> dict[str, Any]:
 
 def _checked(chat: _Chat) -> _Chat:
     chat.check_tokenizer()
+    chat.check_request()
     chat.check_system_prompt()
     return chat
 
