@@ -75,7 +75,7 @@ class Budget:
                 f"{ceil((held + least) / 2**20)}MiB. Raise it, or take fewer prompts (--n_train, --n_val)."
             )
         most = _CACHED_TOKENS if device.type == "cpu" else _DEVICE_TOKENS
-        if device.type == "cpu":
+        if device.type == "cpu" and self._model.dtype is torch.float32:
             memory -= self._set_aside_blocks(memory)
         self._tokens = min(most, max(1, int(0.2 * memory) // a_token))
         self._logit_rows = max(1, min(1024, min(_LOGIT_BYTES, int(0.2 * memory)) // a_row_of_logits))

@@ -61,7 +61,8 @@ def blocked_bytes(layer: nn.Module, tokens: int, widest: int) -> int:
         tokens: that a microbatch has.
         widest: how wide its tensors become.
     """
-    weights = sum(module.weight.nbytes for module in layer.modules() if isinstance(module, nn.Linear))
+    linear = (module for module in layer.modules() if isinstance(module, nn.Linear))
+    weights = sum(weight.nbytes for module in linear for weight in module.parameters(recurse=False) if weight.ndim == 2)
     return weights + _KERNELS * tokens * widest * torch.float32.itemsize // 2
 
 
