@@ -44,19 +44,20 @@ BATCH = 32
 VOCABULARY = 8192
 
 
-def random_gemma(n_layers: int) -> GemmaForCausalLM:
+def random_gemma(n_layers: int, **others: Any) -> GemmaForCausalLM:
+    """Random weights, with 55M parameters at 12 layers; `others` replace what its configuration says."""
     torch.manual_seed(0)
-    config = GemmaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=512,
-        intermediate_size=2048,
-        num_hidden_layers=n_layers,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        head_dim=64,
-        initializer_range=0.05,
-    )
-    return GemmaForCausalLM(config).eval()
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_hidden_layers": n_layers,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "initializer_range": 0.05,
+    }
+    return GemmaForCausalLM(GemmaConfig(**{**sizes, **others})).eval()
 
 
 def tokenizer_for(data_dir: Path, folder: str | None = None) -> PreTrainedTokenizerBase:
@@ -73,8 +74,10 @@ def tokenizer_for(data_dir: Path, folder: str | None = None) -> PreTrainedTokeni
     return tokenizer.train_new_from_iterator(texts, VOCABULARY, show_progress=False)
 
 
-def setting(options: argparse.Namespace) -> tuple[ChatModel, PromptSets]:
-    chat = ChatModel(random_gemma(options.layers), tokenizer_for(options.data_dir, options.tokenizer), "random Gemma")
+def setting(options: argparse.Namespace, **others: Any) -> tuple[ChatModel, PromptSets]:
+    chat = ChatModel(
+        random_gemma(options.layers, **others), tokenizer_for(options.data_dir, options.tokenizer), "random Gemma"
+    )
     return chat, prompt_sets(options)
 
 
