@@ -219,11 +219,15 @@ def _inspect(config: Config) -> None:
     print(report.inspection(inspect(config)))
 
 
-def _set_up_process() -> None:
-    """Few compiled kernels. Of output only what concerns the user: our warnings, and bars of the libraries in a terminal alone."""
+def _set_up_memory() -> None:
+    """This process is ours, so it may keep few of oneDNN's kernels, as large products by it ask for."""
     from refusal_direction.engine.products import keep_few_kernels
 
     keep_few_kernels()
+
+
+def _set_up_output() -> None:
+    """Only what concerns the user: our warnings, and no bars of the libraries where output is no terminal."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that knows no ± is no reason to lose the table
@@ -276,7 +280,8 @@ def _main(argv: Sequence[str] | None, defaults: Config) -> int:
         task, flags = _task(sys.argv[1:] if argv is None else argv)
         config = config_from(parser(defaults).parse_args(flags), defaults.rules)
         before = _finished(config)
-        _set_up_process()
+        _set_up_output()
+        _set_up_memory()
         task(config)
         sys.stdout.flush()
     except BrokenPipeError:  # as by `| head`: whoever reads has seen enough, and results are written
