@@ -33,7 +33,8 @@ needs_onednn = pytest.mark.skipif(
 def every_product(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Small products too, of few rows, on any processor."""
     monkeypatch.setattr(products, "_LEAST_WORK", 0)
-    monkeypatch.setattr("refusal_direction.engine.budget._CACHED_TOKENS", 16)
+    for name in ("_CPU_TOKENS", "_BLOCKED_TOKENS"):
+        monkeypatch.setattr(f"refusal_direction.engine.budget.{name}", 16)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     for name in products._CAPACITIES:
         monkeypatch.setenv(name, str(products._KERNELS))
@@ -128,7 +129,7 @@ def test_scores_are_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None
 def test_torch_multiplies_where_oneDNN_would_not_pay(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     problem, model = make_problem(), build(FAMILIES["llama"])
     if reason == "few tokens":
-        monkeypatch.setattr("refusal_direction.engine.budget._CACHED_TOKENS", 1 << 20)
+        monkeypatch.setattr("refusal_direction.engine.budget._BLOCKED_TOKENS", 1 << 20)
     elif reason == "AVX2":
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: reason)
     elif reason == "unset":

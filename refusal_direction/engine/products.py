@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BlockedWeights", "available", "blocked_bytes", "keep_few_kernels"]
 
-_LEAST_WORK = 1 << 30  # multiplications; with fewer, to compile a kernel costs what it gains
+_LEAST_WORK = 1 << 27  # multiplications; with fewer, to compile a kernel costs what it gains
 _KERNELS = 8  # a layer has products of four or five shapes, and a lane one or two sizes of microbatches
 _CAPACITIES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # oneDNN's own, and torch's on top of it
 _OPERATORS = ("_linear_pointwise", "_reorder_linear_weight")  # those that torch.compile uses on CPUs
