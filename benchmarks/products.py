@@ -1,4 +1,4 @@
-"""A layer's large products by oneDNN against MKL, on AVX-512 processors: whole runs of this engine, side by side.
+"""A layer's large products by oneDNN against MKL, whichever the engine would choose: whole runs of it, side by side.
 
     python benchmarks/products.py [--data_dir data] [--times 2]
 
@@ -9,17 +9,17 @@ have few rows. Each run has a process of its own, one of each kind after the oth
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from pathlib import Path
 from statistics import geometric_mean
+from unittest import mock
 
 import psutil
 import torch
 from apart import apart
 from scoring import matrix_rates, ours, products, setting
 
-from refusal_direction.engine.products import available
+from refusal_direction.engine import products as onednn
 from refusal_direction.memory import peak_bytes
 
 SHAPES = {
@@ -37,15 +37,12 @@ SHAPES = {
 
 def measured(name: str, blocked: bool, options: argparse.Namespace) -> tuple[float, float, int]:
     """Seconds, FLOP/s of the layers' products relative to the best plain product, and peak memory above the model."""
-    if not blocked:
-        os.environ["LRU_CACHE_CAPACITY"] = "1024"  # a process that keeps many kernels
-    elif not available():
-        raise SystemExit("Products stay as they are on this machine: no AVX-512, or torch has no oneDNN.")
     sizes = dict(SHAPES[name])
     chat, sets = setting(argparse.Namespace(**{**vars(options), "layers": sizes.pop("layers")}), **sizes)
     best, before = max(matrix_rates()), psutil.Process().memory_info().rss
     begin = time.perf_counter()
-    with products(chat.model.model.layers) as flops:
+    chosen = mock.patch.object(onednn, "available", return_value=blocked)
+    with chosen, products(chat.model.model.layers) as flops:
         ours(chat, sets)
     seconds = time.perf_counter() - begin
     return seconds, sum(flops) / seconds / best, peak_bytes(torch.device("cpu")) - before
@@ -59,6 +56,10 @@ def main() -> None:
     arguments.add_argument("--times", type=int, default=2)
     options = arguments.parse_args()
     options.tokenizer = None
+    if not torch.backends.mkldnn.is_available():
+        raise SystemExit("This torch has no oneDNN.")
+    onednn.keep_few_kernels()  # as the command line does
+    print(f"On this machine the engine takes {'oneDNN' if onednn.available() else 'MKL'}.")
     for name in SHAPES:
         ratios = []
         for _ in range(options.times):

@@ -30,16 +30,24 @@ needs_onednn = pytest.mark.skipif(
 
 
 @pytest.fixture(autouse=True)
-def every_product(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def every_product(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Small products too, of few rows, on any processor."""
     monkeypatch.setattr(products, "_LEAST_WORK", 0)
     for name in ("_CPU_TOKENS", "_BLOCKED_TOKENS"):
         monkeypatch.setattr(f"refusal_direction.engine.budget.{name}", 16)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    describe_processors(monkeypatch, tmp_path, "AuthenticAMD")
     for name in products._CAPACITIES:
         monkeypatch.setenv(name, str(products._KERNELS))
     with torch.no_grad():
         yield
+
+
+def describe_processors(monkeypatch: pytest.MonkeyPatch, folder: Path, maker: str) -> None:
+    """As Linux does."""
+    description = folder / "cpuinfo"
+    description.write_text(f"processor\t: 0\nvendor_id\t: {maker}\n")
+    monkeypatch.setattr(products, "_PROCESSORS", description)
 
 
 @contextmanager
@@ -125,13 +133,21 @@ def test_scores_are_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None
         torch.testing.assert_close(getattr(found.scores, measure), getattr(expected.scores, measure), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("reason", ["little memory", "few tokens", "AVX2", "many kernels", "no number", "unset"])
-def test_torch_multiplies_where_oneDNN_would_not_pay(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "reason", ["little memory", "few tokens", "AVX2", "GenuineIntel", "no Linux", "many kernels", "no number", "unset"]
+)
+def test_torch_multiplies_where_oneDNN_would_not_pay(
+    reason: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     problem, model = make_problem(), build(FAMILIES["llama"])
     if reason == "few tokens":
         monkeypatch.setattr("refusal_direction.engine.budget._BLOCKED_TOKENS", 1 << 20)
     elif reason == "AVX2":
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: reason)
+    elif reason == "GenuineIntel":
+        describe_processors(monkeypatch, tmp_path, reason)
+    elif reason == "no Linux":
+        products._PROCESSORS.unlink()
     elif reason == "unset":
         monkeypatch.delenv(products._CAPACITIES[1])
     elif reason != "little memory":

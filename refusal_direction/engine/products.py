@@ -1,8 +1,9 @@
 """The matrix products of one layer on many microbatches, by oneDNN.
 
-On a CPU torch multiplies float32 by MKL. oneDNN, which torch carries too, is quicker by a tenth to a quarter on an AMD processor
-with AVX-512, once a weight lies in memory in oneDNN's own blocks (docs/performance.md). To bring it there takes as long as a
-product of two hundred rows, so it is done once a pass, for one layer at a time.
+On a CPU torch multiplies float32 by MKL, which is Intel's. On an AMD processor with AVX-512, oneDNN, which torch carries too, is
+quicker by a tenth to a quarter, once a weight lies in memory in oneDNN's own blocks; on Intel's it is slower
+(docs/performance.md). To bring a weight there takes as long as a product of two hundred rows, so it is done once a pass, for one
+layer at a time.
 
 For each shape of product oneDNN compiles a kernel, and 1024 are kept. They lie among the large tensors that are freed and made
 again, which then find no room there, so memory grows with their number: products go this way only in a process that keeps few.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +29,7 @@ _LEAST_WORK = 1 << 27  # multiplications; with fewer, to compile a kernel costs 
 _KERNELS = 8  # a layer has products of four or five shapes, and a lane one or two sizes of microbatches
 _CAPACITIES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # oneDNN's own, and torch's on top of it
 _OPERATORS = ("_linear_pointwise", "_reorder_linear_weight")  # those that torch.compile uses on CPUs
+_PROCESSORS = Path("/proc/cpuinfo")  # where Linux describes them
 
 
 def keep_few_kernels() -> None:
@@ -42,10 +45,15 @@ def available() -> bool:
     """Whether oneDNN is there, on a processor where it is the quicker one, and keeps few kernels."""
     return (
         torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and _made_by_amd()
         and torch.backends.mkldnn.is_available()
         and all(hasattr(torch.ops.mkldnn, name) for name in _OPERATORS)
         and all(0 < _number(os.environ.get(name, "")) <= _KERNELS for name in _CAPACITIES)
     )
+
+
+def _made_by_amd() -> bool:
+    return _PROCESSORS.exists() and "AuthenticAMD" in _PROCESSORS.read_text()
 
 
 def _number(text: str) -> int:
