@@ -8,6 +8,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from refusal_direction.engine.products import keep_few_kernels
+from refusal_direction.errors import RefusalDirectionError
 
 
 def apart(measure: Callable[..., Any], *args: Any) -> Any:
@@ -28,4 +29,8 @@ def apart(measure: Callable[..., Any], *args: Any) -> Any:
 
 def _send(there: Connection, measure: Callable[..., Any], args: tuple[Any, ...]) -> None:
     keep_few_kernels()
-    there.send(measure(*args))
+    try:
+        result = measure(*args)
+    except RefusalDirectionError as error:
+        raise SystemExit(f"Error: {error}") from None
+    there.send(result)
