@@ -53,7 +53,10 @@ def available() -> bool:
 
 
 def _made_by_amd() -> bool:
-    return _PROCESSORS.exists() and "AuthenticAMD" in _PROCESSORS.read_text()
+    if not _PROCESSORS.exists():
+        return False
+    with _PROCESSORS.open() as description:
+        return "AuthenticAMD" in description.read(1024)  # of the first; to describe hundreds takes Linux a while
 
 
 def _number(text: str) -> int:
