@@ -325,8 +325,12 @@ def load_direction(folder: str | Path = "artifacts") -> Direction:
         rules = next(iter(_kinds(folder)), TEXT)
         metadata = json.loads((folder / _file_name("direction_metadata.json", rules)).read_text(encoding="utf-8"))
         vector = torch.load(folder / _file_name("refusal_direction.pt", rules), weights_only=True)
-        if not isinstance(vector, torch.Tensor) or vector.ndim != 1:
+        if not isinstance(vector, torch.Tensor) or vector.ndim != 1 or not vector.is_floating_point():
             raise ValueError("refusal_direction.pt holds no vector")
+        if not vector.numel() or not vector.isfinite().all():
+            raise ValueError("refusal_direction.pt holds no finite numbers")
+        if not all(type(metadata[name]) is int for name in ("layer", "position")):
+            raise ValueError("its layer or position is no whole number")
         return Direction(vector, metadata["layer"], metadata["position"], metadata["model_id"])
     except OSError as error:
         raise OutputError(

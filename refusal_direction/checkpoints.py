@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from refusal_direction.config import UNFINISHED, Config
@@ -32,7 +32,7 @@ __all__ = ["Checkpoints", "fingerprint", "forget"]
 log = logging.getLogger(__name__)
 
 _SAMPLED = 256  # elements of each weight that tell a model from another
-_FORM = 1  # of what is kept; another one is not read
+_FORM = 2  # of what is kept; another one is not read
 
 
 def fingerprint(
@@ -102,13 +102,20 @@ class Checkpoints:
         return digest(*parts)[:32]
 
     def load(self, key: str) -> dict[str, Tensor] | None:
-        """The part with this key, if it was finished."""
+        """The part with this key, if it was finished and is still what was kept."""
         path = self._folder / f"{key}.safetensors"
+        if not path.is_file():
+            return None
         try:
-            return load_file(path) if path.is_file() else None
+            with safe_open(path, "pt") as file:
+                part = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                whole = (file.metadata() or {}).get("digest") == _digest(key, part)
         except (SafetensorError, OSError) as error:
             log.warning("%s cannot be read (%s); it is computed again.", path, error)
             return None
+        if not whole:
+            log.warning("%s is not what was written there; it is computed again.", path)
+        return part if whole else None
 
     def save(self, key: str, part: Mapping[str, Tensor]) -> None:
         """Keep a finished part; a crash leaves it whole or absent. Where there is no room the run goes on without."""
@@ -119,7 +126,8 @@ class Checkpoints:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with half.open("wb") as file:
-                file.write(save({name: tensor.contiguous() for name, tensor in part.items()}))
+                tensors = {name: tensor.contiguous() for name, tensor in part.items()}
+                file.write(save(tensors, metadata={"digest": _digest(key, tensors)}))
                 file.flush()
                 os.fsync(file.fileno())
             half.replace(path)
@@ -128,6 +136,10 @@ class Checkpoints:
             with suppress(OSError):
                 half.unlink(missing_ok=True)
             log.warning("Finished parts cannot be kept for --resume (%s); the run goes on without.", error)
+
+
+def _digest(key: str, part: Mapping[str, Tensor]) -> str:
+    return digest(key, sorted(part), *(part[name] for name in sorted(part)))
 
 
 def forget(output_dir: Path) -> None:

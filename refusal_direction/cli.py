@@ -28,7 +28,7 @@ from refusal_direction.config import (
     Rules,
     Thresholds,
 )
-from refusal_direction.errors import ConfigurationError, RefusalDirectionError
+from refusal_direction.errors import ConfigurationError, OutputError, RefusalDirectionError
 
 if TYPE_CHECKING:
     from refusal_direction.pipeline import Extraction
@@ -154,8 +154,10 @@ def _bytes(size: str) -> int:
 
     try:
         return int(convert_file_size_to_int(size))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{size!r} is no size: give a number and a unit, as 512MiB or 4GB") from error
+    except (ValueError, OverflowError) as error:
+        raise argparse.ArgumentTypeError(
+            f"{size!r} is no size: give a number and a unit, as 512MiB or 4GB (KB, MB, GB, KiB, MiB, GiB)"
+        ) from error
 
 
 _Part = TypeVar("_Part", ModelSource, PromptSource)
@@ -191,6 +193,27 @@ def _bar(description: str, total: int) -> Iterator[Callable[[int], object]]:
         yield bar.update
 
 
+def _show(text: str) -> None:
+    """Print it now.
+
+    Raises OutputError where there is no room for it.
+    """
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _discard_output()
+        raise OutputError(
+            f"What is to be printed could not be written ({error.strerror}). Results that are finished are in their files."
+        ) from error
+
+
+def _discard_output() -> None:
+    """What could not be written is not tried again when Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _run(config: Config) -> None:
     from refusal_direction import artifacts, report
     from refusal_direction.checkpoints import forget
@@ -207,16 +230,16 @@ def _run(config: Config) -> None:
         return
     artifacts.write(extraction, config.output_dir)
     forget(config.output_dir)
-    print(report.results(extraction), report.files(config), sep="\n\n")
+    _show(f"{report.results(extraction)}\n\n{report.files(config)}")
     if config.sanity:
-        print("", report.completions(extraction), sep="\n")
+        _show("\n" + report.completions(extraction))
 
 
 def _inspect(config: Config) -> None:
     from refusal_direction import report
     from refusal_direction.inspection import inspect
 
-    print(report.inspection(inspect(config)))
+    _show(report.inspection(inspect(config)))
 
 
 def _set_up_memory() -> None:
@@ -265,9 +288,10 @@ def _task(argv: Sequence[str]) -> tuple[Callable[[Config], None], Sequence[str]]
 def _finished(config: Config) -> set[tuple[Path, int]]:
     """The finished parts of a run that has not ended, and when each was finished."""
     found = set()
-    for path in (config.output_dir / UNFINISHED).rglob("*.safetensors"):
-        with suppress(FileNotFoundError):  # the first process forgets those of an earlier run
-            found.add((path, path.stat().st_mtime_ns))
+    with suppress(OSError):  # a folder that cannot be looked into: the run will say so
+        for path in (config.output_dir / UNFINISHED).rglob("*.safetensors"):
+            with suppress(FileNotFoundError):  # the first process forgets those of an earlier run
+                found.add((path, path.stat().st_mtime_ns))
     return found
 
 
@@ -283,9 +307,8 @@ def _main(argv: Sequence[str] | None, defaults: Config) -> int:
         _set_up_output()
         _set_up_memory()
         task(config)
-        sys.stdout.flush()
     except BrokenPipeError:  # as by `| head`: whoever reads has seen enough, and results are written
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
     except RefusalDirectionError as error:
         print(f"Error: {error}", file=sys.stderr)
         if config is not None and _finished(config) - (set() if config.resume else before):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -114,7 +115,7 @@ def _silent(description: str, total: int) -> AbstractContextManager[Callable[[in
 
 
 def extract(
-    model: str | ChatModel,
+    model: str | os.PathLike[str] | ChatModel,
     config: Config | None = None,
     *,
     prompts: PromptSets | None = None,
@@ -220,14 +221,14 @@ def prepare(
     return Prepared(chat, prompts, tokens, engine, clock.seconds)
 
 
-def _resolve(model: str | ChatModel, config: Config | None) -> tuple[Config, ChatModel | None]:
+def _resolve(model: str | os.PathLike[str] | ChatModel, config: Config | None) -> tuple[Config, ChatModel | None]:
     """The whole configuration, and the model if it is loaded.
 
     Raises ConfigurationError where the configuration is for models of the other kind.
     """
-    if isinstance(model, str):
+    if isinstance(model, str | os.PathLike):
         config = Config() if config is None else config
-        return replace(config, model=replace(config.model, model_id=model)), None
+        return replace(config, model=replace(config.model, model_id=str(model))), None
     images = isinstance(model, VisionChatModel)
     config = config or (VISION_CONFIG if images else Config())
     if config.rules.images != images:
@@ -299,15 +300,13 @@ def _inputs(chat: ChatModel, prompts: PromptSets) -> list[dict[str, Tensor]]:
 
     Raises PromptError where a prompt has more tokens than the model has positions, or a token that it does not have.
     """
-    text_config = chat.model.config.get_text_config()
-    most = getattr(text_config, "max_position_embeddings", None)
     inputs = []
     for prompt in prompts.everything:
         inputs.append(chat.inputs(prompt))
         ids = inputs[-1]["input_ids"]
-        if most is not None and ids.shape[1] > most:
+        if ids.shape[1] > chat.most_tokens:
             raise PromptError(
-                f"{prompt.id} has {ids.shape[1]} tokens, but {chat.model_id} takes {most}. Leave it out, or shorten it."
+                f"{prompt.id} has {ids.shape[1]} tokens, but {chat.model_id} takes {chat.most_tokens}. Leave it out, or shorten it."
             )
         if int(ids.max()) >= chat.model.get_input_embeddings().num_embeddings:
             raise TokenizerError(

@@ -130,7 +130,7 @@ def _too_few(kept: dict[str, list[int]], sets: dict[str, list[int]]) -> str:
 
 def layer_limit(n_layers: int, thresholds: Thresholds) -> int:
     """Candidates from this layer on are discarded."""
-    return int(n_layers * (1.0 - thresholds.prune_layers))
+    return int(round(n_layers * (1.0 - thresholds.prune_layers), 9))  # 10 * (1.0 - 0.9) is a little less than 1
 
 
 def survivors(

@@ -193,6 +193,23 @@ def test_a_damaged_file_is_explained(extraction: Extraction, tmp_path: Path, nam
         load_direction(tmp_path)
 
 
+@pytest.mark.parametrize("vector", [torch.tensor([1.0, math.nan]), torch.zeros(0), torch.ones(4, dtype=torch.int64)])
+def test_what_is_no_direction_is_not_handed_out(extraction: Extraction, tmp_path: Path, vector: torch.Tensor):
+    artifacts.write(extraction, tmp_path)
+    torch.save(vector, tmp_path / "refusal_direction.pt")
+    with pytest.raises(OutputError, match="cannot be read.*Make it anew"):
+        load_direction(tmp_path)
+
+
+@pytest.mark.parametrize("layer", [None, "5", 5.0])
+def test_a_layer_that_is_no_number_is_not_handed_out(extraction: Extraction, tmp_path: Path, layer: object):
+    artifacts.write(extraction, tmp_path)
+    path = tmp_path / "direction_metadata.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "layer": layer}))
+    with pytest.raises(OutputError, match="cannot be read.*no whole number"):
+        load_direction(tmp_path)
+
+
 def test_a_folder_with_results_of_the_other_pipeline_is_refused(extraction: Extraction, tmp_path: Path):
     """They would share run.json."""
     artifacts.write(extraction, tmp_path)

@@ -45,7 +45,7 @@ def test_what_the_caller_keeps_is_taken_off() -> None:
 
 
 def test_too_little_is_an_error_that_says_how_much_is_needed() -> None:
-    with pytest.raises(ConfigurationError, match=r"--memory_budget 0MiB is too little.*need \d+MiB"):
+    with pytest.raises(ConfigurationError, match=r"--memory_budget 0.000953674MiB is too little.*need at least \d+MiB"):
         engine_with(1000, make_problem())
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from refusal_direction import ChatModel
 from refusal_direction.config import VISION
@@ -33,6 +34,16 @@ def test_every_request_ends_in_the_end_of_instruction_tokens(chat: ChatModel):
 def test_what_precedes_the_end_of_instruction_tokens_depends_on_the_request(chat: ChatModel):
     before = {chat.encode(request)[-len(chat.eoi_tokens) - 1] for request in ("Paint a wall", "Why?", "Count to 10")}
     assert len(before) == 3
+
+
+def test_a_completion_ends_where_the_model_has_no_more_positions(chat: ChatModel):
+    config = GPT2Config(
+        vocab_size=len(chat.tokenizer), n_embd=8, n_layer=1, n_head=2, n_positions=20, eos_token_id=None
+    )
+    short = replace(chat, model=GPT2LMHeadModel(config).eval())
+    length = len(short.encode("Paint a wall"))
+    (reply,) = short.generate("Paint a wall", max_new_tokens=50)
+    assert 1 < len(reply) == 20 - length + 1 < 50
 
 
 def test_the_beginning_of_sequence_token_is_not_doubled(chat: ChatModel):

@@ -72,6 +72,20 @@ def test_a_broken_file_is_computed_again(tmp_path: Path, caplog: pytest.LogCaptu
     assert "computed again" in caplog.text
 
 
+@pytest.mark.parametrize("damage", ["another part's", "another number"])
+def test_a_part_that_was_changed_is_computed_again(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept = Checkpoints(tmp_path, "same", resume=False)
+    for key in ("one", "two"):
+        kept.save(key, PART)
+    assert kept.load("one") is not None  # control
+    one, two = sorted(tmp_path.rglob("*.safetensors"))
+    one.write_bytes(two.read_bytes() if damage == "another part's" else one.read_bytes()[:-1] + b"\0")
+    assert kept.load("one") is None
+    assert "it is computed again" in caplog.text
+
+
 def test_the_fingerprint_is_of_all_that_matters(chat: ChatModel) -> None:
     tokens = RefusalTokens((7,), ("I",), "a test")
     config = Config(model=ModelSource("demo"))

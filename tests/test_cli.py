@@ -157,8 +157,16 @@ def test_an_output_folder_that_cannot_be_written_is_found_before_the_work(
 ):
     monkeypatch.setattr(pipeline, "extract", lambda *args, **kwargs: pytest.fail("the work had begun"))
     (tmp_path / "file").write_text("")
-    assert run(output=tmp_path / "file" / "out") == 2
-    assert "Choose another --output_dir" in capsys.readouterr().err
+    for folder in ("file/out", "x" * 300):
+        assert run(output=tmp_path / folder) == 2
+        assert "Choose another --output_dir" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", ["infGB", "nanMB", "many", "5TB"])
+def test_what_is_no_size_is_named_with_the_units(capsys: pytest.CaptureFixture[str], tmp_path: Path, size: str):
+    with pytest.raises(SystemExit):
+        run("--memory_budget", size, output=tmp_path)
+    assert f"{size!r} is no size: give a number and a unit" in capsys.readouterr().err
 
 
 def test_an_interrupted_run_leaves_no_results_behind(
@@ -202,6 +210,24 @@ def test_a_terminal_that_knows_few_characters_gets_the_table_all_the_same(tmp_pa
     )
     assert (done.returncode, done.stderr) == (0, b"")
     assert b"Ablation refusal score" in done.stdout
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
+def test_a_table_that_cannot_be_written_is_an_error_and_results_stay(tmp_path: Path):
+    command = [sys.executable, "extract_refusal_direction.py", *FEW, "--output_dir", str(tmp_path)]
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 2
+    assert b"Error: What is to be printed could not be written" in done.stderr
+    assert b"Traceback" not in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == set(file_names(TEXT))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no shell to close it")
+def test_a_closed_output_is_no_error(tmp_path: Path):
+    command = [sys.executable, "extract_refusal_direction.py", *FEW, "--output_dir", str(tmp_path)]
+    done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *command], cwd=ROOT, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no such pipe")

@@ -288,6 +288,8 @@ def test_direction_is_not_changed() -> None:
 
 def test_layer_that_the_model_has_not_is_an_index_error() -> None:
     model = build(FAMILIES["llama"])
+    with pytest.raises(IndexError, match="There is no layer -1"), steered(model, direction(), layer=-1):
+        pass
     with pytest.raises(IndexError), steered(model, direction(), layer=N_LAYERS):
         pass
     assert _hooks(model) == 0

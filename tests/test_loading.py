@@ -81,7 +81,7 @@ def test_weights_that_were_cut_off_are_explained(tmp_path: Path):
         load_chat_model(str(tmp_path))
 
 
-def changed(folder: Path, **settings: int) -> str:
+def changed(folder: Path, **settings: int | str) -> str:
     path = copied(folder) / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
     return str(folder)
@@ -90,6 +90,16 @@ def changed(folder: Path, **settings: int) -> str:
 def test_weights_of_another_shape_are_explained(tmp_path: Path):
     with pytest.raises(ModelAccessError, match="other shapes than its config.json says"):
         load_chat_model(changed(tmp_path, intermediate_size=300))
+
+
+@pytest.mark.parametrize("settings", [{"num_hidden_layers": "7"}, {"hidden_size": "many"}])
+def test_a_configuration_that_makes_no_sense_is_explained(tmp_path: Path, settings: dict[str, int | str]):
+    with pytest.raises(ModelAccessError, match=r"config.json of .* cannot be used.*Mend it"):
+        load_chat_model(changed(tmp_path, **settings))
+
+
+def test_a_path_names_a_model_too(tmp_path: Path):
+    assert load_chat_model(copied(tmp_path)).model_id == str(tmp_path)
 
 
 def test_weights_that_are_not_used_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture):

@@ -40,7 +40,7 @@ def test_every_kind_of_file_gives_its_prompts_in_order(tmp_path: Path, suffix: s
 def test_a_json_list_of_strings_is_a_list_of_prompts(tmp_path: Path):
     path = tmp_path / "mine.json"
     path.write_text('["Bake bread"]')
-    assert read_prompts(path)[0].text == "Bake bread"
+    assert read_prompts(path)[0].text == read_prompts(str(path))[0].text == "Bake bread"
 
 
 @pytest.mark.parametrize(
@@ -56,6 +56,8 @@ def test_a_json_list_of_strings_is_a_list_of_prompts(tmp_path: Path):
         ("a.jsonl", '{"instruction": 7}\n', "line 1 is empty or not text"),
         ("a.csv", "question\nx\n", "line 2 has no 'instruction'"),
         ("a.csv", "instruction,n\nx,1\n,2\n", "line 3 is empty"),
+        ("a.csv", "instruction\nBake bread, and a cake\n", "line 2 has more cells than the header.*in quotes"),
+        ("a.csv", 'instruction\n"Bake bread\nPaint a wall\n', "line 2 cannot be read.*Close every quote"),
         ("a.txt", "\n \n", "holds no prompts"),
         ("a.parquet", "x", "prompt files end in"),
         ("a.json", r'["fine", "\ud800 x"]', "entry 1 holds half of a surrogate pair"),
@@ -98,7 +100,7 @@ def test_train_and_validation_from_one_pool_do_not_overlap():
 
 def test_a_text_that_is_repeated_counts_once():
     repeated = [Prompt(str(index), "same") for index in range(20)]
-    with pytest.raises(TooFewPromptsError, match="has 1 prompts, but 12 were asked for"):
+    with pytest.raises(TooFewPromptsError, match="counted without repetitions, has 1 prompts, but 12 were asked for"):
         sample_pools(repeated, pool("harmless", 20), n_train=8, n_val=4, seed=0)
 
 

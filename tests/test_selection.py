@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from refusal_direction.config import Thresholds
 from refusal_direction.errors import NoCandidateError, TooFewPromptsError
-from refusal_direction.selection import CandidateScore, keep_fitting, select
+from refusal_direction.selection import CandidateScore, keep_fitting, layer_limit, select
 
 NAN = float("nan")
 GOOD = {"ablation_refusal": -5.0, "steering_refusal": 1.0, "kl_div": 0.05}
@@ -61,6 +61,12 @@ def test_the_cut_is_rounded_down():
     assert select([candidate(-1, 13)], 18, thresholds=Thresholds()).index == 0
     with pytest.raises(NoCandidateError):
         select([candidate(-1, 14)], 18, thresholds=Thresholds())
+
+
+@pytest.mark.parametrize(("n_layers", "share", "limit"), [(10, 0.9, 1), (80, 0.8, 16), (28, 0.2, 22), (18, 0.2, 14)])
+def test_the_cut_is_that_of_decimal_numbers(n_layers: int, share: float, limit: int):
+    """In binary 10 * (1 - 0.9) is less than 1."""
+    assert layer_limit(n_layers, Thresholds(prune_layers=share)) == limit
 
 
 def test_no_admissible_candidate_is_an_error_that_counts_and_shows_the_nearest_misses():

@@ -226,6 +226,15 @@ def test_norms_on_the_stream_are_writes(affine: bool) -> None:
     assert [site.module for site in _writes(normed)] == ["norm", "attention", "second_norm", "mlp.2"]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(value: float) -> None:
+    model = build(FAMILIES["llama"])
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[3, 5] = value
+    with pytest.raises(UnsupportedModelError, match="output of LlamaDecoderLayer is not finite.*--dtype float32"):
+        ResidualStream(model)
+
+
 def test_dropout_in_training_is_refused_with_the_remedy() -> None:
     class WithDropout(Layer):
         def forward(self, x: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ class Budget:
         a_token, a_row_of_logits = 8 * self._widest * itemsize, 40 * self._vocab  # with their softmax in float64
         if self._memory is not None and memory < (least := 8 * max(64 * a_token, a_row_of_logits)):
             raise ConfigurationError(
-                f"--memory_budget {self._memory / 2**20:.0f}MiB is too little for this model and these prompts: they need "
+                f"--memory_budget {self._memory / 2**20:g}MiB is too little for this model and these prompts: they need at least "
                 f"{ceil((held + least) / 2**20)}MiB. Raise it, or take fewer prompts (--n_train, --n_val)."
             )
         most = _CPU_TOKENS if device.type == "cpu" else _DEVICE_TOKENS

@@ -146,7 +146,7 @@ def _checked(vector: Tensor, d_model: int) -> Tensor:
     """
     if not isinstance(vector, Tensor):
         raise TypeError(f"A direction must be a tensor, as Direction.vector is, not a {type(vector).__name__}.")
-    if vector.ndim not in (1, 2) or vector.shape[-1] != d_model:
+    if vector.ndim not in (1, 2) or vector.shape[-1] != d_model or not len(vector):
         raise ValueError(
             f"A direction of shape {tuple(vector.shape)} was given: this model needs ({d_model},) or (row, {d_model})."
         )
@@ -277,5 +277,7 @@ def steered(
         raise ValueError(f"The coefficient of a direction must be a finite number, not {coefficient}.")
     with eagerly():
         stream = residual_stream(model)
+        if not 0 <= layer < len(stream.layers):
+            raise IndexError(f"There is no layer {layer}: the model has layers 0 to {len(stream.layers) - 1}.")
         with stream.steered(coefficient * _checked(direction, stream.skeleton.d_model), layer):
             yield model

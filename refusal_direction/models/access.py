@@ -14,6 +14,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    StrictDataclassError,
 )
 from safetensors import SafetensorError
 
@@ -69,6 +70,10 @@ def access_explained(model_id: str, *, adapter: bool = False, quantised: bool = 
         raise ModelAccessError(
             f"{model_id} needs a package that is not installed: {' '.join(str(error).split())} Install it, or use another "
             "model. (Image processors often need torchvision.)"
+        ) from error
+    except StrictDataclassError as error:
+        raise ModelAccessError(
+            f"The config.json of {model_id} cannot be used: {' '.join(str(error).split())} Mend it, or get it again."
         ) from error
     except SafetensorError as error:
         raise ModelAccessError(

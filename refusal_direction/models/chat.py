@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -67,7 +68,7 @@ class ChatModel:
                 add_generation_prompt=add_generation_prompt,
                 chat_template=pinned(self._own_template(), self.thinking),
             )
-        except (ValueError, TypeError, TemplateError) as error:
+        except (ValueError, TypeError, ArithmeticError, LookupError, TemplateError) as error:
             raise ChatTemplateError(
                 f"The chat template of {self.model_id} is missing or cannot be used ({error}). Use a chat model, or pass "
                 "--chat_template with a Jinja template or a file that holds one."
@@ -158,6 +159,12 @@ class ChatModel:
         space = exchange[len(prompt) :].partition(reply)[0]
         return space if exchange.startswith(prompt) and space.isspace() else ""
 
+    @property
+    def most_tokens(self) -> float:
+        """How many positions the model has."""
+        most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return math.inf if most is None else most
+
     def text_of(self, token: int) -> str:
         return str(self.tokenizer.decode([token]))
 
@@ -177,7 +184,10 @@ class ChatModel:
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt | str] | str, max_new_tokens: int = 32) -> list[list[int]]:
-        """Token ids of greedy completions, in order. Prompts of equal length share a batch, so nothing is padded."""
+        """Token ids of greedy completions, in order, no longer than the model has positions.
+
+        Prompts of equal length share a batch, so nothing is padded.
+        """
         prompts = [prompts] if isinstance(prompts, str) else prompts
         inputs = [self.inputs(Prompt("", prompt) if isinstance(prompt, str) else prompt) for prompt in prompts]
         alike: dict[tuple[torch.Size, ...], list[int]] = {}
@@ -195,9 +205,10 @@ class ChatModel:
 
     def _generate(self, batch: dict[str, Tensor], max_new_tokens: int) -> Tensor:
         pad = self.tokenizer.pad_token_id
+        left = self.most_tokens - batch["input_ids"].shape[1] + 1  # the last token that is made is not read
         return self.model.generate(
             **batch,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=max(1, min(max_new_tokens, left)),
             do_sample=False,
             top_p=None,
             top_k=None,

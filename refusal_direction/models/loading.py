@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -50,22 +51,22 @@ def load(config: Config) -> ChatModel:
     return load_vision_model(config.model) if config.rules.images else load_chat_model(config.model)
 
 
-def load_chat_model(source: ModelSource | str) -> ChatModel:
+def load_chat_model(source: ModelSource | str | os.PathLike[str]) -> ChatModel:
     """Load a chat model: a Hub id, a folder, or "demo". Weights that do not fit are offloaded to CPU memory and disk.
 
     Raises ModelAccessError (gated, unknown, out of reach), TokenizerError, ConfigurationError.
     """
-    source = ModelSource(model_id=source) if isinstance(source, str) else source
+    source = source if isinstance(source, ModelSource) else ModelSource(model_id=str(source))
     model, tokenizer = _load(source, demo.MODEL_DIR, AutoModelForCausalLM, AutoTokenizer)
     return _checked(ChatModel(model, tokenizer, **_identity(source, model)))
 
 
-def load_vision_model(source: ModelSource | str) -> VisionChatModel:
+def load_vision_model(source: ModelSource | str | os.PathLike[str]) -> VisionChatModel:
     """Load a vision-language model, likewise.
 
     Raises ModelAccessError (gated, unknown, out of reach), TokenizerError, ConfigurationError.
     """
-    source = ModelSource(model_id=source) if isinstance(source, str) else source
+    source = source if isinstance(source, ModelSource) else ModelSource(model_id=str(source))
     model, processor = _load(source, demo_vision.MODEL_DIR, AutoModelForImageTextToText, AutoProcessor)
     tokenizer = processor.tokenizer
     return _checked(VisionChatModel(model, tokenizer, **_identity(source, model), processor=processor))

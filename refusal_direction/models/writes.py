@@ -93,6 +93,11 @@ def find_writes(layer: nn.Module, run: Callable[[Tensor], Tensor], like: Tensor)
     hidden = torch.randn(like.shape, generator=generator).to(like)
     # A write that is small beside the stream would drown in rounding: bring the stream to the size of the writes.
     update = run(hidden.clone()) - hidden
+    if not update.isfinite().all():
+        raise UnsupportedModelError(
+            f"The output of {type(layer).__name__} is not finite, as where weights are damaged or too large for the dtype they "
+            "were saved in. Try --dtype float32, or get the weights again."
+        )
     hidden = hidden * (update.float().std() / hidden.float().std()).clamp(1e-3, 1e3).to(like)
     outputs, after = _record(layer, run, hidden)
     chosen = _retrace(after, hidden, outputs, torch.finfo(like.dtype).eps)
@@ -145,7 +150,7 @@ def _record(layer: nn.Module, run: Callable[[Tensor], Tensor], hidden: Tensor) -
     for calls in seen.values():
         # one handed on by an enclosing module is kept as the inner one's
         handed_on = any(torch.equal(calls[0].made, output.made) for output in distinct)
-        if len(calls) == 1 and not handed_on:
+        if len(calls) == 1 and not handed_on and calls[0].made.isfinite().all():
             distinct.append(calls[0])
     return distinct, after
 

@@ -23,11 +23,12 @@ _SHAPES = {
 }
 
 
-def read_prompts(path: Path) -> tuple[Prompt, ...]:
+def read_prompts(path: str | Path) -> tuple[Prompt, ...]:
     """The prompts of a file, in order; their ids are the file's stem and their place in it.
 
     Raises PromptFileError, naming the file and the line or entry, where it is missing, empty or malformed.
     """
+    path = Path(path)
     if path.suffix not in _SHAPES:
         raise PromptFileError(f"{path}: prompt files end in {', '.join(_SHAPES)}. Rename or convert it.")
     text = _text_of(path)
@@ -69,11 +70,18 @@ def _entries(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     elif path.suffix == ".jsonl":
         yield from ((f"line {number}", value) for number, value in json_lines(path))
     elif path.suffix == ".csv":
-        reader = csv.DictReader(io.StringIO(text, newline=""))
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
         try:
-            yield from ((f"line {reader.line_num}", row) for row in reader)
+            for row in reader:
+                if None in row:
+                    raise PromptFileError(
+                        f"{path}: line {reader.line_num} has more cells than the header. Put prompts with commas in quotes."
+                    )
+                yield f"line {reader.line_num}", row
         except csv.Error as error:
-            raise PromptFileError(f"{path}: line {reader.line_num} cannot be read ({error}).") from error
+            raise PromptFileError(
+                f"{path}: line {reader.line_num + 1} cannot be read ({error}). Close every quote, and double those inside."
+            ) from error
     elif text.strip():
         entries = _parsed(path, text, 1)
         if not isinstance(entries, list):
