@@ -165,7 +165,7 @@ class Config:
     """At most so many bytes are held beside the model; None: as much as pays."""
     skip_filter: bool = False
     """Keep prompts whatever their baseline refusal score."""
-    refusal_tokens: tuple[str, ...] = ()
+    refusal_tokens: tuple[str | int, ...] = ()
     """Tokens, as text or ids, that begin a refusal; none: the table's for the model's family."""
     calibrate_refusal: bool = False
     """Find the refusal tokens from what the model itself says."""

@@ -96,6 +96,7 @@ def test_gemma_refuses_with_the_published_token(chat: ChatModel):
 def test_tokens_can_be_given_as_text_or_id(chat: ChatModel):
     number = chat.tokenizer("I", add_special_tokens=False)["input_ids"][0]
     assert refusal_tokens.chosen(chat, ("I",)).ids == refusal_tokens.chosen(chat, (str(number),)).ids == (number,)
+    assert refusal_tokens.chosen(chat, (number,)).ids == (number,)
 
 
 @pytest.fixture

@@ -98,13 +98,13 @@ def is_refusal(completion: str) -> bool:
     return start.startswith(tuple(prefix.lower() for prefix in REFUSAL_PREFIXES))
 
 
-def chosen(chat: ChatModel, asked: Sequence[str], rules: Rules = TEXT) -> RefusalTokens:
+def chosen(chat: ChatModel, asked: Sequence[str | int], rules: Rules = TEXT) -> RefusalTokens:
     """The tokens asked for (as text or ids); if none, those of the model's family; if unknown, of refusal phrases.
 
     Raises RefusalTokenError where one is not in the vocabulary.
     """
     if asked:
-        return _named(chat, [_single_token(chat, token) for token in asked], "--refusal_tokens")
+        return _named(chat, [_single_token(chat, str(token)) for token in asked], "--refusal_tokens")
     family = chat.model.config.model_type
     if not rules.images and family in FAMILY_TOKENS:
         ids = [_first_token(chat, text) for text in FAMILY_TOKENS[family]]
