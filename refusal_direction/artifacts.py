@@ -63,13 +63,16 @@ def file_names(rules: Rules) -> tuple[str, ...]:
     return tuple(_file_name(name, rules) for name in (*_SPECIFIED, *_COMPANIONS))
 
 
-def check_writable(folder: Path, rules: Rules) -> None:
+def check_writable(folder: Path, rules: Rules) -> bool:
     """Find out before the work, not after it. Also finishes what an interrupted run had committed.
+
+    Returns whether the folder is new.
 
     Raises OutputError where the folder cannot be written, or holds the results of the other pipeline: of the two, run.json
     could only be one's.
     """
     try:
+        new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -79,11 +82,13 @@ def check_writable(folder: Path, rules: Rules) -> None:
         others = [other for other in _kinds(folder) if other.images != rules.images]
     except OSError as error:
         raise OutputError(
-            f"{folder} cannot be written ({error.strerror}). Choose another --output_dir, or change its permissions."
+            f"{folder} cannot be written ({error.strerror}: {error.filename}). Choose another --output_dir, or change its "
+            "permissions."
         ) from error
     if others:
         found = "images with text" if others[0].images else "text"
         raise OutputError(f"{folder} holds the results of a run on {found}. Choose another --output_dir.")
+    return new
 
 
 def _kinds(folder: Path) -> list[Rules]:

@@ -221,11 +221,16 @@ def _run(config: Config) -> None:
 
     processes.join()
     first = processes.rank() == 0
-    if first:
-        artifacts.check_writable(config.output_dir, config.rules)
-    extraction: Extraction = extract(
-        config.model.model_id, config, progress=_bar if first else None, unfinished=config.output_dir
-    )
+    new = first and artifacts.check_writable(config.output_dir, config.rules)
+    try:
+        extraction: Extraction = extract(
+            config.model.model_id, config, progress=_bar if first else None, unfinished=config.output_dir
+        )
+    except RefusalDirectionError:
+        if new:
+            with suppress(OSError):  # what was measured is there
+                config.output_dir.rmdir()
+        raise
     if not first:
         return
     artifacts.write(extraction, config.output_dir)

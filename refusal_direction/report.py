@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 from refusal_direction.artifacts import file_names
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["completions", "files", "inspection", "results"]
 
 _SHOWN = 3
+_WIDTH = 104
 
 
 def _with_error(values: Tensor, digits: int = 2) -> str:
@@ -64,9 +66,12 @@ def results(extraction: Extraction) -> str:
 def _refusal_tokens(extraction: Extraction) -> str:
     tokens, mass = extraction.tokens, extraction.mass
     named = ", ".join(f"{text!r} ({token})" for text, token in zip(tokens.texts, tokens.ids, strict=True))
-    return (
-        f"Refusal tokens: {named}, {tokens.source}. They hold {mass['harmful'].median:.1%} of the probability on harmful\n"
-        f"prompts and {mass['harmless'].median:.1%} on harmless ones (medians)."
+    return fill(
+        f"Refusal tokens: {named}, {tokens.source}. They hold {mass['harmful'].median:.1%} of the probability on harmful "
+        f"prompts and {mass['harmless'].median:.1%} on harmless ones (medians).",
+        width=_WIDTH,
+        break_on_hyphens=False,
+        break_long_words=False,
     )
 
 

@@ -162,6 +162,16 @@ def test_an_output_folder_that_cannot_be_written_is_found_before_the_work(
         assert "Choose another --output_dir" in capsys.readouterr().err
 
 
+def test_a_run_that_ends_in_an_error_leaves_no_empty_folder(tmp_path: Path):
+    assert run("--refusal_tokens", "no such token", output=tmp_path / "new") == 2
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "old").mkdir()
+    assert run("--refusal_tokens", "no such token", output=tmp_path / "old") == 2
+    assert (tmp_path / "old").exists()
+    assert run("--kl_threshold", "-1", output=tmp_path / "measured") == 2
+    assert [path.name for path in (tmp_path / "measured").iterdir()] == [UNFINISHED]
+
+
 @pytest.mark.parametrize("size", ["infGB", "nanMB", "many", "5TB"])
 def test_what_is_no_size_is_named_with_the_units(capsys: pytest.CaptureFixture[str], tmp_path: Path, size: str):
     with pytest.raises(SystemExit):
