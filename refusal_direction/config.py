@@ -82,6 +82,10 @@ class PromptSource:
 
     def __post_init__(self) -> None:
         _at_least_one(n_train=self.n_train, n_val=self.n_val)
+        for name in ("data_dir", "harmful", "harmless"):
+            path = getattr(self, name)
+            if path is not None:  # a string will do
+                object.__setattr__(self, name, Path(path))
 
 
 @dataclass(frozen=True)

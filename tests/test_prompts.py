@@ -104,6 +104,11 @@ def test_a_text_that_is_repeated_counts_once():
         sample_pools(repeated, pool("harmless", 20), n_train=8, n_val=4, seed=0)
 
 
+def test_places_of_prompts_may_be_strings():
+    source = PromptSource(harmful="a.txt", harmless="b.txt", data_dir="data")
+    assert (source.harmful, source.harmless, source.data_dir) == (Path("a.txt"), Path("b.txt"), Path("data"))
+
+
 def test_too_few_prompts_name_the_set_and_the_flag():
     splits = {name: pool(name, 5) for name in ("harmful_train", "harmless_train", "harmful_val", "harmless_val")}
     with pytest.raises(TooFewPromptsError, match="harmful_val has 5 prompts, but 6 were asked for.*--n_val"):

@@ -161,7 +161,7 @@ class ChatModel:
 
     @property
     def most_tokens(self) -> float:
-        """How many positions the model has."""
+        """How many tokens the model takes, replies included; infinite where its configuration does not say."""
         most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return math.inf if most is None else most
 
