@@ -219,13 +219,13 @@ def _run(config: Config) -> None:
     from refusal_direction.checkpoints import forget
     from refusal_direction.pipeline import extract
 
-    processes.join()
     first = processes.rank() == 0
     new = first and artifacts.check_writable(config.output_dir, config.rules)
     try:
-        extraction: Extraction = extract(
-            config.model.model_id, config, progress=_bar if first else None, unfinished=config.output_dir
-        )
+        with processes.joined():
+            extraction: Extraction = extract(
+                config.model.model_id, config, progress=_bar if first else None, unfinished=config.output_dir
+            )
     except RefusalDirectionError:
         if new:
             with suppress(OSError):  # what was measured is there

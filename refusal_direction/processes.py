@@ -8,14 +8,15 @@ of the devices.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["everywhere", "join", "local_rank", "rank", "share", "size", "summed"]
+__all__ = ["everywhere", "joined", "local_rank", "rank", "share", "size", "summed"]
 
 _T = TypeVar("_T")
 
@@ -35,12 +36,22 @@ def size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def join() -> None:
-    """Meet the other processes. Nothing to do for one alone."""
+@contextmanager
+def joined() -> Iterator[None]:
+    """Meet the other processes, and leave them at the end. Nothing to do for one alone.
+
+    A process that ends without leaving can be aborted at it by threads that still wait for the others' messages.
+    """
+    if size() == 1:
+        yield
+        return
     import torch.distributed as distributed
 
-    if size() > 1 and not distributed.is_initialized():
-        distributed.init_process_group("gloo")
+    distributed.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
 
 
 def share(rows: Sequence[_T], costs: Sequence[float]) -> Sequence[_T]:

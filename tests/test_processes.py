@@ -25,12 +25,9 @@ FEW = ["--model_id", "demo", "--n_train", "24", "--n_val", "12"]
 
 def launched(count: int, output: Path, *arguments: str) -> subprocess.Popen[str]:
     """A run by so many processes, each with one thread."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     launcher = ["-m", "accelerate.commands.launch", "--multi_gpu"]  # its name for several processes, GPU or not
     launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    launcher += ["--num_processes", str(count), "--main_process_port", str(port)]
+    launcher += ["--num_processes", str(count), "--main_process_port", str(_free_port())]
     script = [str(ROOT / "extract_refusal_direction.py"), *FEW, "--output_dir", str(output), *arguments]
     command = [sys.executable, *(launcher if count > 1 else []), *script]
     return subprocess.Popen(
@@ -48,9 +45,7 @@ def launched(count: int, output: Path, *arguments: str) -> subprocess.Popen[str]
 def test_two_processes_write_the_artifacts_of_one(search: str, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     for count, output in ((1, one), (2, two)):
-        run = launched(
-            count, output, "--search", search
-        )  # accelerate's own name for several processes, GPU or not, is --multi_gpu
+        run = launched(count, output, "--search", search)
         out, err = run.communicate(timeout=120)
         assert run.returncode == 0, err
         assert out.count("| Metric") == 1  # the first process alone prints
@@ -74,6 +69,12 @@ def test_a_process_that_dies_ends_the_run_and_leaves_nothing(tmp_path: Path) -> 
     assert run.returncode != 0
     assert time.monotonic() - begin < 60
     assert not output.exists() or not {path.name for path in output.iterdir()} & set(file_names(TEXT))
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def _child(parent: int) -> int:
@@ -106,8 +107,32 @@ def test_shares_are_all_rows_once_in_order_and_of_about_equal_cost(size: int, mo
 
 
 def test_one_process_alone_meets_nobody() -> None:
-    processes.join()
-    tensor = torch.ones(3)
-    assert processes.summed(tensor)[0] is tensor
-    assert processes.everywhere(True)
-    assert not processes.everywhere(False)
+    with processes.joined():
+        tensor = torch.ones(3)
+        assert processes.summed(tensor)[0] is tensor
+        assert processes.everywhere(True)
+        assert not processes.everywhere(False)
+
+
+@pytest.mark.parametrize("error", [False, True])
+def test_processes_leave_each_other_before_they_end(error: bool) -> None:
+    """Else a thread that waits for messages may abort one of them at its end, and the launcher then all others."""
+    program = f"""
+import torch
+import torch.distributed as distributed
+from refusal_direction import processes
+
+try:
+    with processes.joined():
+        assert processes.summed(torch.ones(3))[0].tolist() == [2, 2, 2]
+        if {error} and processes.rank() == 1:
+            raise ValueError
+except ValueError:
+    pass
+assert not distributed.is_initialized()
+"""
+    environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    both = [
+        subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env={**environment, "RANK": rank}) for rank in "01"
+    ]
+    assert [process.wait(timeout=60) for process in both] == [0, 0]
