@@ -222,10 +222,9 @@ def _run(config: Config) -> None:
     first = processes.rank() == 0
     new = first and artifacts.check_writable(config.output_dir, config.rules)
     try:
-        with processes.joined():
-            extraction: Extraction = extract(
-                config.model.model_id, config, progress=_bar if first else None, unfinished=config.output_dir
-            )
+        extraction: Extraction = extract(
+            config.model.model_id, config, progress=_bar if first else None, unfinished=config.output_dir
+        )
     except RefusalDirectionError:
         if new:
             with suppress(OSError):  # what was measured is there

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from refusal_direction import processes
 from refusal_direction import prompts as prompt_sources
 from refusal_direction.checkpoints import Checkpoints, fingerprint
 from refusal_direction.choice import Choice, choose, search_name
@@ -136,7 +137,7 @@ def extract(
     config, chat = _resolve(model, config)
     given = chat is not None
     search_name(config)  # an unknown search is found out before the work
-    with _recorded_warnings() as warnings, _left_alone(chat):
+    with processes.joined(), _recorded_warnings() as warnings, _left_alone(chat):
         ready = prepare(config, chat=chat, prompts=prompts, progress=progress is not None)
         clock = _Clock(dict(ready.seconds))
         progress = progress or _silent

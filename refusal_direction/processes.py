@@ -13,41 +13,64 @@ from contextlib import contextmanager
 from itertools import accumulate
 from typing import TYPE_CHECKING, TypeVar
 
+from refusal_direction.errors import ConfigurationError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["everywhere", "joined", "local_rank", "rank", "share", "size", "summed"]
 
 _T = TypeVar("_T")
+_REMEDY = (
+    "Start several processes by `accelerate launch` or torchrun; for one alone, unset WORLD_SIZE, RANK and LOCAL_RANK."
+)
 
 
 def rank() -> int:
     """Which of the processes this is, from 0; the first alone writes and prints."""
-    return int(os.environ.get("RANK", "0"))
+    return _set_by_launcher("RANK", 0)
 
 
 def local_rank() -> int:
     """Which of the processes on this machine this is."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return _set_by_launcher("LOCAL_RANK", 0)
 
 
 def size() -> int:
     """How many processes there are."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _set_by_launcher("WORLD_SIZE", 1)
+
+
+def _set_by_launcher(variable: str, default: int) -> int:
+    value = os.environ.get(variable, str(default))
+    if not value.isdecimal():
+        raise ConfigurationError(f"{variable}={value} in the environment: must be a whole number. {_REMEDY}")
+    return int(value)
 
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Meet the other processes, and leave them at the end. Nothing to do for one alone.
+    """Meet the other processes, and leave them at the end. Nothing to do for one alone, or for those that have met.
 
     A process that ends without leaving can be aborted at it by threads that still wait for the others' messages.
+
+    Raises ConfigurationError where the environment names others that cannot be met.
     """
     if size() == 1:
         yield
         return
     import torch.distributed as distributed
 
-    distributed.init_process_group("gloo")
+    if distributed.is_initialized():
+        yield
+        return
+    try:
+        distributed.init_process_group("gloo")
+    except (ValueError, distributed.DistError) as error:
+        raise ConfigurationError(
+            f"By WORLD_SIZE={size()} in the environment this is one of several processes, and they could not meet: "
+            f"{error}. {_REMEDY}"
+        ) from error
     try:
         yield
     finally:

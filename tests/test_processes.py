@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from refusal_direction import processes
+from refusal_direction import cli, processes
 from refusal_direction.artifacts import file_names
 from refusal_direction.config import TEXT
 
@@ -114,13 +114,41 @@ def test_one_process_alone_meets_nobody() -> None:
         assert not processes.everywhere(False)
 
 
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"WORLD_SIZE": "2"}, "environment variable RANK expected"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}, "environment variable MASTER_PORT expected"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two"),
+        ({"RANK": "-1"}, "RANK=-1"),
+    ],
+)
+def test_an_environment_of_processes_that_cannot_meet_is_explained(
+    environment: dict[str, str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    output = tmp_path / "out"
+    assert cli.main([*FEW, "--output_dir", str(output)]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert "accelerate launch" in error
+    assert not output.exists()
+
+
 @pytest.mark.parametrize("error", [False, True])
 def test_processes_leave_each_other_before_they_end(error: bool) -> None:
     """Else a thread that waits for messages may abort one of them at its end, and the launcher then all others."""
     program = f"""
 import torch
 import torch.distributed as distributed
-from refusal_direction import processes
+from refusal_direction import cli, processes
 
 try:
     with processes.joined():
