@@ -182,7 +182,7 @@ def _pruned(sweeps: Sweeps, config: Config) -> _Outcome:
         fallbacks=relative,
         noise=lambda: sweeps.repeats.noise,
     )
-    if relative and found.conditions.kl != conditions.kl:
+    if relative and (found.conditions.kl, found.conditions.limit) != (conditions.kl, conditions.limit):
         warn_of_relaxed_kl(thresholds, sweeps.limit)
     if relative and found.conditions.steering != conditions.steering:
         warn_of_waived_steering(conditions.steering)

@@ -41,7 +41,7 @@ class Measure(Enum):
 def refusal_mass(logits: Float[Tensor, "row vocab"], tokens: tuple[int, ...]) -> Float[Tensor, "row"]:
     """Summed softmax probability of the refusal tokens (paper, appendix B), in `precise`."""
     probabilities = logits.to(precise(logits.device)).softmax(-1)
-    return probabilities[:, list(tokens)].sum(-1)
+    return probabilities[:, list(tokens)].sum(-1).clamp(max=1)  # in float32 rounding may bring it above
 
 
 def refusal_score(logits: Float[Tensor, "row vocab"], tokens: tuple[int, ...]) -> Float[Tensor, "row"]:

@@ -151,6 +151,9 @@ def extract(
         candidates = _candidates(baseline, kept)
         with clock("interventions"):
             choice = choose(Setting(engine, tokens, candidates, baseline, kept, store), config, progress=progress)
+        leak = processes.largest(engine.leak)
+        for message in processes.said_elsewhere(warnings):
+            log.warning("%s", message)
     return Extraction(
         config=config,
         chat=chat,
@@ -162,7 +165,7 @@ def extract(
         candidates=candidates,
         choice=choice,
         engine=engine.name,
-        leak=engine.leak,
+        leak=leak,
         warnings=tuple(warnings),
         seconds=clock.seconds,
         peak_memory=peak_bytes(execution_device(chat.model)),

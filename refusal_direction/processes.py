@@ -10,17 +10,20 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import accumulate
-from typing import TYPE_CHECKING, TypeVar
+from datetime import timedelta
+from itertools import accumulate, chain
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from refusal_direction.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["everywhere", "joined", "local_rank", "rank", "share", "size", "summed"]
+__all__ = ["everywhere", "joined", "largest", "local_rank", "rank", "said_elsewhere", "share", "size", "summed"]
 
 _T = TypeVar("_T")
+_PATIENCE = timedelta(days=7)  # with another process's pass over the weights; one that has died is noticed at once
+_group: Any = None  # of the processes that have met
 _REMEDY = (
     "Start several processes by `accelerate launch` or torchrun; for one alone, unset WORLD_SIZE, RANK and LOCAL_RANK."
 )
@@ -50,22 +53,23 @@ def _set_by_launcher(variable: str, default: int) -> int:
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Meet the other processes, and leave them at the end. Nothing to do for one alone, or for those that have met.
+    """Meet the other processes, and leave them at the end. Nothing to do for one alone.
 
     A process that ends without leaving can be aborted at it by threads that still wait for the others' messages.
 
     Raises ConfigurationError where the environment names others that cannot be met.
     """
+    global _group
     if size() == 1:
         yield
         return
     import torch.distributed as distributed
 
-    if distributed.is_initialized():
-        yield
-        return
+    met = distributed.is_initialized()  # a script that has launched us may have its own use of them
     try:
-        distributed.init_process_group("gloo")
+        if not met:
+            distributed.init_process_group("gloo")
+        _group = distributed.new_group(backend="gloo", timeout=_PATIENCE)
     except (ValueError, distributed.DistError) as error:
         raise ConfigurationError(
             f"By WORLD_SIZE={size()} in the environment this is one of several processes, and they could not meet: "
@@ -74,7 +78,8 @@ def joined() -> Iterator[None]:
     try:
         yield
     finally:
-        distributed.destroy_process_group()
+        distributed.destroy_process_group(_group if met else None)
+        _group = None
 
 
 def share(rows: Sequence[_T], costs: Sequence[float]) -> Sequence[_T]:
@@ -91,16 +96,37 @@ def everywhere(here: bool) -> bool:
     """Whether it is so in every process."""
     import torch
 
-    return int(summed(torch.tensor(int(here)))[0]) == size()
+    return bool(_together(torch.tensor(float(here)), "MIN") == 1)
+
+
+def largest(here: float) -> float:
+    """The largest that it is in any process."""
+    import torch
+
+    return float(_together(torch.tensor(here, dtype=torch.float64), "MAX"))
 
 
 def summed(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The sums over all processes. Each has zeros for what the others ran, so nothing is rounded."""
-    if size() == 1:
-        return tensors
+    return tuple(_together(tensor, "SUM") for tensor in tensors)
+
+
+def said_elsewhere(messages: Sequence[str]) -> list[str]:
+    """What other processes have to say and this one has not said."""
+    if _group is None:
+        return []
     import torch.distributed as distributed
 
-    totals = tuple(tensor.detach().cpu().clone() for tensor in tensors)
-    for total in totals:
-        distributed.all_reduce(total)
-    return totals
+    everyone: list[list[str]] = [[] for _ in range(size())]
+    distributed.all_gather_object(everyone, list(messages), group=_group)
+    return [message for message in dict.fromkeys(chain(*everyone)) if message not in messages]
+
+
+def _together(tensor: Tensor, how: str) -> Tensor:
+    if _group is None:
+        return tensor
+    import torch.distributed as distributed
+
+    total = tensor.detach().cpu().clone()
+    distributed.all_reduce(total, op=getattr(distributed.ReduceOp, how), group=_group)
+    return total

@@ -130,7 +130,7 @@ def measure_baseline(
     """
     stored = store.load("baseline")
     if everywhere(stored is not None) and stored is not None:
-        engine.adopt("hooked" if stored["hooked"] else "layer-major")
+        engine.adopt("hooked" if stored["hooked"] else "layer-major", "An earlier part of this run was done so.")
         return _baseline(stored, logits_of)
     count, skeleton = len(engine.prompts), engine.stream.skeleton
     refusal, mass = (torch.zeros(count, dtype=torch.float64) for _ in range(2))
@@ -143,21 +143,27 @@ def measure_baseline(
 
     def consume(rows: list[Row], logits: Tensor) -> None:
         nonlocal logits_kept
+        if not logits_kept.numel():
+            logits_kept = logits.new_zeros(len(logits_place), logits.shape[-1])
+        if not mine:
+            return
         prompts = [row.prompt for row in rows]
         refusal[prompts] = refusal_score(logits, tokens.ids).cpu().double()
         mass[prompts] = refusal_mass(logits, tokens.ids).cpu().double()
-        if not logits_kept.numel():
-            logits_kept = logits.new_zeros(len(logits_place), logits.shape[-1])
         ours = [index for index, prompt in enumerate(prompts) if prompt in logits_place]
         logits_kept[[logits_place[prompts[index]] for index in ours]] = logits[ours]
 
     def observe(layer: int, rows: list[Row], hidden: Tensor) -> None:
-        ours = [index for index, row in enumerate(rows) if row.prompt in place]
+        ours = [index for index, row in enumerate(rows) if row.prompt in place and mine]
         where = [place[rows[index].prompt] for index in ours]
         activations[where, :, layer] = hidden[ours, -n_positions:].to(activations)
 
     mine = share(range(count), engine.costs([Row(prompt) for prompt in range(count)], None))
-    engine.baseline(consume, observe, tick, prompts=mine)
+    engine.baseline(
+        consume, observe, tick, prompts=mine or [0]
+    )  # where there are more processes, the first is only looked at
+    if not everywhere(engine.name == "layer-major"):
+        engine.adopt("hooked", "Run layer by layer, the model went astray in another process.")
     results = ("refusal", "mass", "activations", "logits")
     part = dict(zip(results, summed(refusal, mass, activations, logits_kept), strict=True))
     part["hooked"] = torch.tensor(engine.name == "hooked")
@@ -258,7 +264,7 @@ def _run_parts(setting: Setting, candidates: Candidates, *, rows: Sequence[Row],
     """
     engine, baseline, store = setting.engine, setting.baseline, setting.store
     place = {row: index for index, row in enumerate(rows)}
-    measured = torch.zeros(len(rows), 2, dtype=torch.float64)
+    measured, times = torch.zeros(len(rows), 2, dtype=torch.float64), torch.zeros(len(rows))
 
     def consume(some: list[Row], logits: Tensor) -> None:
         places = [place[row] for row in some]
@@ -272,10 +278,13 @@ def _run_parts(setting: Setting, candidates: Candidates, *, rows: Sequence[Row],
     for part in engine.parts(share(rows, engine.costs(rows, candidates))):
         key = store.key(candidates.vectors, [(row.prompt, row.kind.value, row.candidate) for row in part])
         places = [place[row] for row in part]
+        times[places] += 1
         if (stored := store.load(key)) is None:
             engine.intervene(part, candidates, consume, tick)
             store.save(key, {"measured": measured[places]})
         else:
             measured[places] = stored["measured"]
             tick(engine.work(part, candidates))
-    return summed(measured)[0]
+    measured, times = summed(measured, times)
+    assert bool((times == 1).all()), "processes disagree on who runs what"
+    return measured

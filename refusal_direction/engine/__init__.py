@@ -109,10 +109,10 @@ class Engine:
         """The rows as they go through together: each part is a pass over the weights of its own."""
         return self._runner.parts(rows)
 
-    def adopt(self, name: str) -> None:
-        """Go on as an engine of this name whose first pass has been watched in an earlier run."""
+    def adopt(self, name: str, reason: str) -> None:
+        """Go on as an engine of this name, whose first pass has been watched elsewhere."""
         if name == "hooked" and self.name != name:
-            self._fall_back("An earlier part of this run was done so.")
+            self._fall_back(reason)
         self.stream.skeleton.held.close()
 
     def baseline(

@@ -300,7 +300,7 @@ class LayerMajor:
         if index < len(self.stream.layers) - 1:
             yield
             return
-        if not self._looked:
+        if not self._looked and lane.hidden.shape[1] > 1:
             self._token_wise = token_wise_child(self.stream.layers[index], call, lane.hidden[rows])
             self._looked = True
         with ExitStack() as hooks:

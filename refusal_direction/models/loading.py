@@ -223,7 +223,7 @@ def _dtype(asked: str, device: torch.device, parameters: int) -> torch.dtype:
     if device.type == "mps":
         return torch.bfloat16
     fits = 4 * parameters < _SHARE_FOR_WEIGHTS * free_bytes(device)
-    return torch.float32 if fits else torch.bfloat16
+    return torch.float32 if processes.everywhere(fits) else torch.bfloat16
 
 
 def _placement(asked: str, device: torch.device, weights: int) -> dict[str, object]:
@@ -234,7 +234,8 @@ def _placement(asked: str, device: torch.device, weights: int) -> dict[str, obje
     if device.type == "mps":
         limits["mps"] = limits.pop("cpu")
     alone = processes.size() == 1  # otherwise the other devices are the other processes'
-    for index in range(torch.cuda.device_count()) if alone else [device.index]:
+    own = [device.index] if device.type == "cuda" else []
+    for index in range(torch.cuda.device_count()) if alone else own:
         limits[index] = int(_SHARE_FOR_WEIGHTS * free_bytes(torch.device("cuda", index)))
     return {"device_map": "auto", "max_memory": limits}
 

@@ -97,7 +97,7 @@ def _fall_back(table: Table, conditions: Conditions, judgement: Judgement) -> tu
         return (conditions.without_steering(), []) if conditions.steering > -inf else None
     if judgement.fitting.any():  # dropped for something else; but it matters whether they meet the one on KL
         return conditions, _all_kl(table, judgement.fitting & ~known)
-    if conditions.kl < inf:
+    if min(conditions.kl, conditions.limit) < inf:
         return conditions.without_kl(), _all_kl(table, ~conditions.null)
     return None
 
