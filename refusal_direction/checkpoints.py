@@ -32,7 +32,7 @@ __all__ = ["Checkpoints", "fingerprint", "forget"]
 log = logging.getLogger(__name__)
 
 _SAMPLED = 256  # elements of each weight that tell a model from another
-_FORM = 2  # of what is kept; another one is not read
+_FORM = 3  # of what is kept; another one is not read
 
 
 def fingerprint(
@@ -41,6 +41,7 @@ def fingerprint(
     inputs: Sequence[Mapping[str, Tensor]],
     tokens: RefusalTokens,
     *,
+    sets: Mapping[str, Sequence[int]] | None = None,
     given: bool = False,
 ) -> str:
     """What the numbers of a run depend on. Thresholds do not matter: what is kept are scores, not decisions.
@@ -50,6 +51,7 @@ def fingerprint(
         chat: the model.
         inputs: the model's inputs for every prompt.
         tokens: the refusal tokens.
+        sets: which of the prompts are in which set.
         given: whether the model was handed over in memory, where it may have been trained further: then some elements of
             each weight count as well. Of one that was just loaded they do not: which of them are in memory, and which on
             disk, depends on the memory that is free.
@@ -59,15 +61,15 @@ def fingerprint(
     source = config.model
     files = [_files(Path(name)) for name in (source.model_id, source.adapter) if name is not None]
     weights = [vars(source), chat.revision, files, str(chat.model.dtype)]
-    settings = [str(chat.model.device.type), tokens.ids, chat.n_positions]
+    settings = [str(chat.model.device.type), tokens.ids, chat.n_positions, sets]
     return digest(versions, weights, settings, *(_samples(chat.model) if given else ()), *tensors)
 
 
 def _samples(model: nn.Module) -> Iterator[Tensor]:
-    for weight in model.parameters():
+    for weight in (*model.parameters(), *model.buffers()):
         if not weight.is_meta:
             flat = weight.detach().flatten()
-            yield flat[:: max(1, flat.numel() // _SAMPLED)].cpu()
+            yield flat[:: flat.numel() // _SAMPLED | 1].cpu()  # an odd step, so that it meets every column of most
 
 
 def _files(folder: Path) -> list[tuple[str, int, int]]:
@@ -116,6 +118,12 @@ class Checkpoints:
         if not whole:
             log.warning("%s is not what was written there; it is computed again.", path)
         return part if whole else None
+
+    def load_all(self, beginning: str) -> Iterator[dict[str, Tensor]]:
+        """The finished parts whose keys begin so."""
+        for path in sorted(self._folder.glob(f"{beginning}*.safetensors")):
+            if (part := self.load(path.stem)) is not None:
+                yield part
 
     def save(self, key: str, part: Mapping[str, Tensor]) -> None:
         """Keep a finished part; a crash leaves it whole or absent. Where there is no room the run goes on without."""

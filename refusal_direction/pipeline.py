@@ -336,7 +336,8 @@ def _tokens(config: Config, chat: ChatModel, prompts: PromptSets) -> RefusalToke
 
 
 def _checkpoints(folder: Path, config: Config, ready: Prepared, *, given: bool) -> Checkpoints:
-    same = fingerprint(config, ready.chat, ready.engine.prompts, ready.tokens, given=given)
+    sets = ready.prompts.indices()
+    same = fingerprint(config, ready.chat, ready.engine.prompts, ready.tokens, sets=sets, given=given)
     return Checkpoints(folder, same, resume=config.resume)
 
 

@@ -260,7 +260,7 @@ def score_candidates(setting: Setting, candidates: Candidates, *, rows: Sequence
 def _run_parts(setting: Setting, candidates: Candidates, *, rows: Sequence[Row], tick: Tick) -> Float[Tensor, "row 2"]:
     """Each row's refusal score, and where its prompt's logits are known its KL divergence: of this and all other processes.
 
-    Parts that an earlier run has finished are not run again.
+    Rows that an earlier run has finished are not run again, however it was cut into parts: that depends on free memory.
     """
     engine, baseline, store = setting.engine, setting.baseline, setting.store
     place = {row: index for index, row in enumerate(rows)}
@@ -275,16 +275,32 @@ def _run_parts(setting: Setting, candidates: Candidates, *, rows: Sequence[Row],
             divergence = kl_divergence(before, logits[compared])
             measured[[places[i] for i in compared], 1] = divergence.cpu().double()
 
-    for part in engine.parts(share(rows, engine.costs(rows, candidates))):
-        key = store.key(candidates.vectors, [(row.prompt, row.kind.value, row.candidate) for row in part])
-        places = [place[row] for row in part]
-        times[places] += 1
-        if (stored := store.load(key)) is None:
-            engine.intervene(part, candidates, consume, tick)
-            store.save(key, {"measured": measured[places]})
-        else:
-            measured[places] = stored["measured"]
-            tick(engine.work(part, candidates))
+    mine = share(rows, engine.costs(rows, candidates))
+    times[[place[row] for row in mine]] = 1
+    group = store.key(candidates.vectors)
+    known: dict[Row, Tensor] = {}
+    for kept in store.load_all(group):
+        known |= dict(zip(map(_as_row, kept["rows"].tolist()), kept["measured"], strict=True))
+    if found := [row for row in mine if row in known]:
+        measured[[place[row] for row in found]] = torch.stack([known[row] for row in found])
+        tick(engine.work(found, candidates))
+    for part in engine.parts(mine):
+        if left := [row for row in part if row not in known]:
+            engine.intervene(left, candidates, consume, tick)
+            ran = torch.tensor([_as_numbers(row) for row in left])
+            store.save(f"{group}-{store.key(ran)}", {"rows": ran, "measured": measured[[place[row] for row in left]]})
     measured, times = summed(measured, times)
     assert bool((times == 1).all()), "processes disagree on who runs what"
     return measured
+
+
+_KINDS = tuple(Kind)
+
+
+def _as_numbers(row: Row) -> tuple[int, int, int]:
+    return row.prompt, _KINDS.index(row.kind), row.candidate
+
+
+def _as_row(numbers: Sequence[int]) -> Row:
+    prompt, kind, candidate = numbers
+    return Row(prompt, _KINDS[kind], candidate)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -34,6 +34,9 @@ class Store(Protocol):
     def load(self, key: str) -> dict[str, Tensor] | None:
         """What was kept under the key, if anything was."""
 
+    def load_all(self, beginning: str) -> Iterator[dict[str, Tensor]]:
+        """All that was kept under keys that begin so."""
+
     def save(self, key: str, part: Mapping[str, Tensor]) -> None:
         """Keep a part under the key."""
 
@@ -46,6 +49,9 @@ class _Nowhere:
 
     def load(self, key: str) -> dict[str, Tensor] | None:
         return None
+
+    def load_all(self, beginning: str) -> Iterator[dict[str, Tensor]]:
+        return iter(())
 
     def save(self, key: str, part: Mapping[str, Tensor]) -> None:
         pass

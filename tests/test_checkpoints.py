@@ -117,6 +117,30 @@ def test_weights_that_were_trained_further_are_others() -> None:
     assert fingerprint(config, chat, [], tokens, given=True) != before
 
 
+@pytest.mark.parametrize("change", ["other columns", "a buffer"])
+def test_a_given_model_is_known_by_all_its_parts(change: str) -> None:
+    chat, config, tokens = (
+        load_chat_model("demo"),
+        Config(model=ModelSource("demo")),
+        RefusalTokens((7,), ("I",), "a test"),
+    )
+    wide = torch.nn.Linear(512, 512)
+    chat.model.register_module("wide", wide)
+    before = fingerprint(config, chat, [], tokens, given=True)
+    with torch.no_grad():
+        if change == "a buffer":
+            chat.model.model.rotary_emb.inv_freq *= 3
+        else:
+            wide.weight[:, 1:] *= 0.5
+    assert fingerprint(config, chat, [], tokens, given=True) != before
+
+
+def test_prompts_in_another_set_are_another_run(chat: ChatModel) -> None:
+    config, tokens = Config(model=ModelSource("demo")), RefusalTokens((7,), ("I",), "a test")
+    one, other = ({"harmful_val": [0, 1], "harmless_val": [2]}, {"harmful_val": [0], "harmless_val": [1, 2]})
+    assert fingerprint(config, chat, [], tokens, sets=one) != fingerprint(config, chat, [], tokens, sets=other)
+
+
 def test_where_a_model_that_was_just_loaded_lies_does_not_matter(chat: ChatModel) -> None:
     """With less free memory more of it is on disk."""
     config, tokens = Config(model=ModelSource("demo")), RefusalTokens((7,), ("I",), "a test")
@@ -206,6 +230,29 @@ def test_finished_parts_are_not_run_again(tmp_path: Path, monkeypatch: pytest.Mo
     again = solve(small_parts(), problem, Checkpoints(tmp_path, "run", resume=True)).scores
     assert torch.equal(again.ablation.nan_to_num(9.0), first.ablation.nan_to_num(9.0))
     assert torch.equal(again.kl.nan_to_num(9.0), first.kl.nan_to_num(9.0))
+
+
+@pytest.mark.parametrize("bytes_now", [9_000, 20_000, 1_000_000])
+def test_with_other_free_memory_rows_that_are_finished_are_not_run_again(
+    bytes_now: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Passes are then cut elsewhere."""
+    problem, ran, own = make_problem(), [], Engine.intervene
+    monkeypatch.setattr(Engine, "intervene", lambda self, rows, *args: (ran.extend(rows), own(self, rows, *args))[1])
+    expected = solve(small_parts(), problem).scores
+    everything, ran[:] = set(ran), []
+    cut = Cut(tmp_path, "run", resume=False)
+    cut.left = 3  # sweep 1, and two parts of sweep 2
+    with pytest.raises(Killed):
+        solve(small_parts(), problem, cut)
+    finished = len(ran)
+    engine = small_parts()
+    engine.budget.hidden_bytes = bytes_now
+    found = solve(engine, problem, Checkpoints(tmp_path, "run", resume=True)).scores
+    assert set(ran) == everything
+    assert len(everything) <= len(ran) < len(everything) + finished  # the part that was cut off is run again
+    torch.testing.assert_close(found.ablation, expected.ablation, atol=1e-5, rtol=0, equal_nan=True)
+    torch.testing.assert_close(found.kl, expected.kl, atol=1e-5, rtol=0, equal_nan=True)
 
 
 def test_a_run_that_fell_back_resumes_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
