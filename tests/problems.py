@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Generic, TypeVar
 
@@ -24,7 +25,6 @@ Prompt = TypeVar("Prompt")
 
 N_POSITIONS = 3
 REFUSAL_TOKENS = (7, 11)
-_OPENING = [2, 6, 10]  # every prompt begins alike
 _END_OF_INSTRUCTION = [5, 9, 4]  # as a chat template would put there
 _LENGTHS = (4, 7, 2, 9, 4, 6)  # shorter and longer than the sliding windows
 
@@ -84,14 +84,14 @@ class Answer:
     scores: Scores
 
 
-def make_problem(seed: int = 0, *, n_train: int = 5, n_val: int = 4) -> Problem:
-    """Random prompts: the harmful ones are drawn from the upper half of the vocabulary."""
+def make_problem(seed: int = 0, *, n_train: int = 5, n_val: int = 4, opening: Sequence[int] = (2, 6, 10)) -> Problem:
+    """Random prompts that begin alike: the harmful ones are drawn from the upper half of the vocabulary."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(count: int, low: int, high: int, shift: int) -> list[list[int]]:
         lengths = [_LENGTHS[(i + shift) % len(_LENGTHS)] for i in range(count)]
         bodies = [torch.randint(low, high, (length,), generator=generator).tolist() for length in lengths]
-        return [_OPENING + body + _END_OF_INSTRUCTION for body in bodies]
+        return [[*opening, *body, *_END_OF_INSTRUCTION] for body in bodies]
 
     middle = VOCAB // 2
     return Problem(

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from refusal_direction import metrics
 from refusal_direction.metrics import (
     LEAST_REFUSAL,
     entropy,
@@ -179,3 +180,15 @@ def test_entropy_is_that_of_the_distribution(values: Tensor) -> None:
     p = softmax(values)
     expected = -(p * np.log(np.where(p > 0, p, 1.0))).sum(-1)
     np.testing.assert_allclose(entropy(values).numpy(), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_in_float32_too_a_sure_refusal_has_a_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There the probabilities of several tokens may add up to more than 1."""
+    monkeypatch.setattr(metrics, "precise", lambda device: torch.float32)
+    torch.manual_seed(0)
+    logits = torch.randn(5000, 50)
+    tokens = (3, 4, 5)
+    logits[:, list(tokens)] += 25
+    assert bool((logits.softmax(-1)[:, list(tokens)].sum(-1) > 1).any())  # control
+    scores = metrics.refusal_score(logits, tokens)
+    assert bool((scores <= -metrics.LEAST_REFUSAL + 1e-4).all())  # NaN is not

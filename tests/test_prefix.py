@@ -57,6 +57,20 @@ def test_prompts_shorter_than_what_is_spared_share_nothing() -> None:
 # What must not matter
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neox", "falcon", "opt", "gpt_neo", "llama4_text", "bert"])
+def test_a_prefix_of_one_token_changes_nothing(name: str) -> None:
+    """As a beginning-of-text token that a template puts before whatever the user says."""
+    problem, model = make_problem(opening=[2]), build(TEXT_FAMILIES[name])
+    engine, plain = engine_of(model, problem), engine_of(model, problem)
+    found = solve(engine, problem).scores
+    assert engine.name == "layer-major"
+    assert engine.shared in (0, 1)
+    plain._fall_back("A test.")
+    expected = solve(plain, problem).scores
+    for measure in ("ablation", "steering", "kl"):
+        torch.testing.assert_close(getattr(found, measure), getattr(expected, measure), atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_shares_the_opening(name: str) -> None:
     prefix = prefix_of(engine_of(build(FAMILIES[name]), make_problem()))

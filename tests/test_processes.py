@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from refusal_direction import cli, processes
 from refusal_direction.artifacts import file_names
 from refusal_direction.config import TEXT
+from tests.families import TEXT_FAMILIES, build
+from tests.problems import engine_of, make_problem, solve
 
 ROOT = Path(__file__).parent.parent
 FEW = ["--model_id", "demo", "--n_train", "24", "--n_val", "12"]
@@ -142,13 +144,31 @@ def test_an_environment_of_processes_that_cannot_meet_is_explained(
     assert not output.exists()
 
 
+def together(program: str, count: int = 2) -> list[str]:
+    """What processes print that run a program and meet; all must end well."""
+    environment = {**os.environ, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    each = [
+        subprocess.Popen(
+            [sys.executable, "-c", program],
+            cwd=ROOT,
+            env={**environment, "RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+    printed = [process.communicate(timeout=120)[0] for process in each]
+    assert [process.returncode for process in each] == [0] * count
+    return printed
+
+
 @pytest.mark.parametrize("error", [False, True])
 def test_processes_leave_each_other_before_they_end(error: bool) -> None:
     """Else a thread that waits for messages may abort one of them at its end, and the launcher then all others."""
-    program = f"""
+    together(f"""
 import torch
 import torch.distributed as distributed
-from refusal_direction import cli, processes
+from refusal_direction import processes
 
 try:
     with processes.joined():
@@ -158,9 +178,66 @@ try:
 except ValueError:
     pass
 assert not distributed.is_initialized()
+""")
+
+
+def test_what_others_have_set_up_serves_and_stays() -> None:
+    together("""
+import torch
+import torch.distributed as distributed
+from refusal_direction import processes
+
+distributed.init_process_group("gloo")
+with processes.joined():
+    assert processes.summed(torch.ones(3))[0].tolist() == [2, 2, 2]
+assert distributed.is_initialized()
+distributed.barrier()
+distributed.destroy_process_group()
+""")
+
+
+def test_what_one_has_to_say_all_know() -> None:
+    together("""
+from refusal_direction import processes
+
+with processes.joined():
+    first = processes.rank() == 0
+    assert processes.largest(0.25 if first else 0.75) == 0.75
+    assert processes.everywhere(True) and not processes.everywhere(first)
+    assert processes.said_elsewhere(["all"] if first else ["all", "one"]) == (["one"] if first else [])
+""")
+
+
+SOLVED = """
+import torch
+from refusal_direction import processes
+from refusal_direction.engine import Engine
+from tests.families import TEXT_FAMILIES, build
+from tests.problems import engine_of, make_problem, solve
+
+watched = Engine._watched_baseline
+if {astray} and processes.rank() == 1:
+    Engine._watched_baseline = lambda *args: watched(*args) + 1
+problem = make_problem(n_train={n_train}, n_val={n_val})
+with processes.joined():
+    found = solve(engine_of(build(TEXT_FAMILIES["llama"]), problem), problem)
+print(found.engine.name, *(float(scores.nansum()) for scores in vars(found.scores).values()))
 """
-    environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-    both = [
-        subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env={**environment, "RANK": rank}) for rank in "01"
-    ]
-    assert [process.wait(timeout=60) for process in both] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("astray", "count", "n_train", "n_val", "engine"),
+    [(True, 2, 5, 4, "hooked"), (False, 2, 5, 4, "layer-major"), (False, 5, 1, 1, "layer-major")],
+)
+def test_processes_agree_on_the_engine_and_there_may_be_more_of_them_than_prompts(
+    astray: bool, count: int, n_train: int, n_val: int, engine: str
+) -> None:
+    """Where the model goes astray in one, all fall back: they would not agree on who runs what."""
+    problem = make_problem(n_train=n_train, n_val=n_val)
+    expected = solve(engine_of(build(TEXT_FAMILIES["llama"]), problem), problem).scores
+    for line in together(SOLVED.format(astray=astray, n_train=n_train, n_val=n_val), count):
+        name, *sums = line.split()
+        assert name == engine
+        assert [float(one) for one in sums] == pytest.approx(
+            [float(scores.nansum()) for scores in vars(expected).values()], abs=1e-4
+        )

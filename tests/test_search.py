@@ -148,9 +148,9 @@ def random_problem(rng: random.Random, *, vision: bool) -> Problem:
         n_layers=n_layers,
         null=frozenset(index for index in range(count) if rng.random() < 0.1),
         thresholds=Thresholds(
-            kl=rng.choice((0.1, 0.1, 0.1, 0.1, 0.05, -1.0)),
+            kl=rng.choice((0.1, 0.1, 0.1, 0.1, 0.05, -1.0, math.inf)),
             induce=rng.choice((0.0, 0.0, 1.0, -2.0, -5.0, 19.0)),
-            prune_layers=rng.choice((0.2, 0.5, 0.0)),
+            prune_layers=rng.choice((0.2, 0.5, 0.0, 0.95)),
         ),
         baseline=rng.choice((0.0, -2.0)) if vision else 0.0,
         top_k=rng.randint(1, 4) if vision else None,

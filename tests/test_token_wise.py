@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
+from refusal_direction.engine.arguments import map_tensors
 from refusal_direction.engine.interventions import ResidualStream
 from refusal_direction.engine.skeleton import LayerCall
 from refusal_direction.engine.token_wise import token_wise_child
-from tests.families import FAMILIES, build
+from tests.families import TEXT_FAMILIES, build
 from tests.problems import as_inputs
 
 
 def last_layer(name: str) -> tuple[nn.Module, LayerCall, torch.Tensor]:
-    skeleton = ResidualStream(build(FAMILIES[name])).skeleton
+    skeleton = ResidualStream(build(TEXT_FAMILIES[name])).skeleton
     prelude = skeleton.prelude(as_inputs(list(range(3, 15))))
     return skeleton.layers[-1], prelude.calls[-1], prelude.hidden
 
@@ -41,6 +45,22 @@ def test_an_mlp_that_looks_at_its_neighbours_keeps_all_its_tokens(monkeypatch: p
     monkeypatch.setattr(layer.mlp, "forward", lambda x: own(x + x.mean(1, keepdim=True)))
     found = token_wise_child(layer, call, hidden)
     assert found is not layer.mlp
+
+
+@pytest.mark.parametrize("size", [0.0, 30.0, 1000.0])
+@pytest.mark.parametrize("name", ["opt", "llama", "llama4_text"])
+def test_no_large_channel_hides_that_attention_needs_its_tokens(name: str, size: float) -> None:
+    """Beside it, in half precision, all that attention adds to the stream is within rounding."""
+    layer, call, hidden = last_layer(name)
+    layer, hidden = layer.bfloat16(), hidden.bfloat16()
+    call = replace(call, **dict(zip(("args", "kwargs"), half((call.args, call.kwargs)), strict=True)))
+    hidden[..., 3] += size
+    found = token_wise_child(layer, call, hidden)
+    assert found is (layer.mlp if name == "llama" else None)  # the others flatten what their MLP is given
+
+
+def half(nest: Any) -> Any:
+    return map_tensors(lambda tensor: tensor.bfloat16() if tensor.is_floating_point() else tensor, nest)
 
 
 def test_no_hook_is_left_behind_and_no_input_changed() -> None:
