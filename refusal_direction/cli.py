@@ -240,6 +240,8 @@ def _run(config: Config) -> None:
 
 
 def _inspect(config: Config) -> None:
+    if processes.rank() > 0:
+        return
     from refusal_direction import report
     from refusal_direction.inspection import inspect
 
@@ -289,6 +291,11 @@ def _task(argv: Sequence[str]) -> tuple[Callable[[Config], None], Sequence[str]]
     return _inspect, ["--model_id", *rest] if named else rest
 
 
+def _kept(config: Config | None, before: set[tuple[Path, int]]) -> bool:
+    """Whether there is something to resume: of this run, or of the one that it resumes."""
+    return config is not None and bool(_finished(config) - (set() if config.resume else before))
+
+
 def _finished(config: Config) -> set[tuple[Path, int]]:
     """The finished parts of a run that has not ended, and when each was finished."""
     found = set()
@@ -315,15 +322,15 @@ def _main(argv: Sequence[str] | None, defaults: Config) -> int:
         _discard_output()
     except RefusalDirectionError as error:
         print(f"Error: {error}", file=sys.stderr)
-        if config is not None and _finished(config) - (set() if config.resume else before):
+        if _kept(config, before):
             print(
                 "What was measured is kept: --resume goes on from there, also with other thresholds.", file=sys.stderr
             )
         return 2
     except KeyboardInterrupt:
+        resumable = " What was finished is kept: --resume goes on from there." if _kept(config, before) else ""
         print(
-            "\nInterrupted. Results are written whole or not at all; those of earlier runs are untouched. What was finished is "
-            "kept: --resume goes on from there.",
+            f"\nInterrupted. Results are written whole or not at all; those of earlier runs are untouched.{resumable}",
             file=sys.stderr,
         )
         return 130

@@ -38,7 +38,7 @@ from refusal_direction.models.refusal_tokens import Mass, RefusalTokens
 from refusal_direction.models.vision import VisionChatModel
 from refusal_direction.prompts.sets import PromptSets
 from refusal_direction.scoring import Baseline, Scores, Setting, baseline_bytes, measure_baseline
-from refusal_direction.selection import CandidateScore, Selection, keep_fitting
+from refusal_direction.selection import CandidateScore, Selection, keep_fitting, layer_limit
 from refusal_direction.store import NOWHERE, Store
 from refusal_direction.sweeps import Progress
 
@@ -142,6 +142,7 @@ def extract(
         clock = _Clock(dict(ready.seconds))
         progress = progress or _silent
         chat, prompts, tokens, engine = ready.chat, ready.prompts, ready.tokens, ready.engine
+        _check_layers(config, len(engine.stream.layers))
         store = NOWHERE if unfinished is None else _checkpoints(unfinished, config, ready, given=given)
         with clock("baseline"):
             baseline = _baseline(ready, progress, store)
@@ -318,6 +319,14 @@ def _inputs(chat: ChatModel, prompts: PromptSets) -> list[dict[str, Tensor]]:
                 "belong together: get both from the same place."
             )
     return inputs
+
+
+def _check_layers(config: Config, n_layers: int) -> None:
+    """Raise ConfigurationError where no layer may be selected from; for images that condition is dropped if need be."""
+    if layer_limit(n_layers, config.thresholds) < 1 and not config.rules.relative_steering:
+        raise ConfigurationError(
+            f"--prune_layers {config.thresholds.prune_layers:g} leaves none of {n_layers} layers to choose from. Lower it."
+        )
 
 
 def _check_finite(baseline: Baseline, chat: ChatModel) -> None:

@@ -104,7 +104,7 @@ def keep_fitting(
         if len(kept[name]) >= least:
             continue
         if not rules.refill:
-            raise TooFewPromptsError(_too_few(kept, sets))
+            raise TooFewPromptsError(_too_few(kept, sets, rules.least_prompts))
         log.warning(
             "The filter left %d of %d %s prompts; the %d most fitting are used.",
             len(kept[name]),
@@ -118,13 +118,22 @@ def keep_fitting(
     return kept
 
 
-def _too_few(kept: dict[str, list[int]], sets: dict[str, list[int]]) -> str:
+def _too_few(kept: dict[str, list[int]], sets: dict[str, list[int]], least: int) -> str:
     counts = ", ".join(f"{len(kept[name])} of {len(members)} {name}" for name, members in sets.items())
+    short = {name.split("_")[0] for name, members in sets.items() if len(kept[name]) < min(least, len(members))}
+    remedies = {
+        "harmful": "If the model does refuse harmful prompts, its refusals begin with other tokens: try --calibrate_refusal, or "
+        "--refusal_tokens. If it hardly refuses at all, use prompts that it refuses (--harmful).",
+        "harmless": "If the model does answer harmless prompts, the refusal tokens begin ordinary replies, too: try "
+        "--calibrate_refusal, or --refusal_tokens. If it refuses them, use others (--harmless).",
+    }
+    said = "Harmful prompts are answered and harmless ones refused: maybe --harmful and --harmless are swapped. "
+    swapped = said if not any(kept.values()) else ""
     return (
-        f"The filter left too few prompts: {counts}. It keeps harmful prompts that the model refuses and harmless ones that "
-        "it answers, by the probability of the refusal tokens. If the model does refuse, its refusals begin with other "
-        "tokens: try --calibrate_refusal, or --refusal_tokens. If it hardly refuses at all, --skip_filter goes on "
-        "with every prompt; or use more prompts (--n_train, --n_val) or prompts that it refuses (--harmful)."
+        f"The filter left too few prompts: {counts}; each needs {least}, or all that were asked for. It keeps harmful prompts "
+        "that the model refuses and harmless ones that it answers, by the probability of the refusal tokens. "
+        f"{swapped}{' '.join(remedies[side] for side in remedies if side in short)} --skip_filter goes on with every prompt; "
+        "--n_train and --n_val draw more."
     )
 
 

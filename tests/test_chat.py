@@ -171,7 +171,7 @@ def test_a_model_that_refuses_a_third_of_the_harmful_prompts_is_not_doubted():
         (torch.full((8,), 0.4), ANSWERED, "hardly a harmful prompt counts as refused"),  # the rest says it otherwise
         (REFUSED, REFUSED, "many harmless prompts count as refused"),
         (REFUSED, torch.tensor([0.9] * 3 + [0.01] * 5), "many harmless prompts count as refused"),
-        (ANSWERED, REFUSED, "hardly a harmful prompt counts as refused"),
+        (ANSWERED, REFUSED, "maybe --harmful and --harmless are swapped"),
     ],
 )
 def test_tokens_that_do_not_tell_the_kinds_apart_are_doubted(harmful: torch.Tensor, harmless: torch.Tensor, said: str):

@@ -117,6 +117,7 @@ def test_calibration_is_recorded(tmp_path: Path):
     [
         (["--batch_size", "0"], "--batch_size 0: must be at least 1"),
         (["--prune_layers", "1.5"], "--prune_layers 1.5: must be"),
+        (["--prune_layers", "0.99"], "--prune_layers 0.99 leaves none of 8 layers to choose from"),
         (["--n_train", "100000"], "were asked for"),
         (["--harmful", "none.txt", "--harmless", "none.txt"], "none.txt: there is no such file"),
         (["--refusal_tokens", "zyxwvut"], "is not one token of demo"),
@@ -185,9 +186,15 @@ def test_an_interrupted_run_leaves_no_results_behind(
     def interrupted(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "prepare", interrupted)
+        assert run(output=tmp_path) == 130
+    assert "--resume" not in capsys.readouterr().err  # there is nothing yet
     monkeypatch.setattr(sweeps, "score_candidates", interrupted)
     assert run(output=tmp_path) == 130
-    assert "Interrupted" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "Interrupted" in said
+    assert "--resume goes on from there" in said
     assert [path.name for path in tmp_path.iterdir()] == [UNFINISHED]
 
 

@@ -12,9 +12,9 @@ from random import Random
 import pytest
 
 from refusal_direction.config import Config, PromptSource
-from refusal_direction.errors import ConfigurationError, DownloadError, PromptFileError, TooFewPromptsError
+from refusal_direction.errors import ConfigurationError, DownloadError, PromptError, PromptFileError, TooFewPromptsError
 from refusal_direction.prompts import gather, published, read_prompts
-from refusal_direction.prompts.sets import Prompt, sample_pools, sample_splits
+from refusal_direction.prompts.sets import Prompt, PromptSets, sample_pools, sample_splits
 
 CONTENTS = {
     ".json": '[{"instruction": "Bake bread", "category": null}, {"instruction": "Paint a wall"}]',
@@ -107,6 +107,25 @@ def test_a_text_that_is_repeated_counts_once():
 def test_places_of_prompts_may_be_strings():
     source = PromptSource(harmful="a.txt", harmless="b.txt", data_dir="data")
     assert (source.harmful, source.harmless, source.data_dir) == (Path("a.txt"), Path("b.txt"), Path("data"))
+
+
+def test_a_prompt_of_both_kinds_is_an_error():
+    with pytest.raises(PromptError, match="2 of the prompts are both harmful and harmless, a/0 among them"):
+        sample_pools(pool("a", 9), [*pool("b", 9), *pool("a", 2)], n_train=4, n_val=2, seed=0)
+
+
+def test_sets_are_made_of_strings_too():
+    ours = Prompt("mine", "Bake bread")
+    sets = PromptSets(["Pick a lock", "Forge a key"], [ours], ("Hide",), ["Paint"])
+    assert sets.everything == (
+        Prompt("harmful_train/0", "Pick a lock"),
+        Prompt("harmful_train/1", "Forge a key"),
+        ours,
+        Prompt("harmful_val/0", "Hide"),
+        Prompt("harmless_val/0", "Paint"),
+    )
+    with pytest.raises(PromptError, match="harmless_val: 7 is neither a string nor a Prompt"):
+        PromptSets([ours], [ours], [ours], [7])
 
 
 def test_too_few_prompts_name_the_set_and_the_flag():

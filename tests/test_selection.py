@@ -125,5 +125,20 @@ def test_too_few_prompts_left_say_how_many_of_each_and_what_to_try():
         assert part in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("refusal", "said", "unsaid"),
+    [
+        ([1.0, 2, -1, -3, 4, -1, -2, -1, -3, -4], "does refuse harmful prompts", "does answer harmless prompts"),
+        ([1.0, 2, 1, 3, 4, -1, 2, -1, 3, -4], "does answer harmless prompts", "does refuse harmful prompts"),
+        ([-1.0, -2, -1, -3, -4, 1, 2, 1, 3, 4], "--harmful and --harmless are swapped", "only"),
+    ],
+)
+def test_too_few_prompts_are_explained_by_the_side_that_lacks_them(refusal: list[float], said: str, unsaid: str):
+    with pytest.raises(TooFewPromptsError, match="each needs 4, or all that were asked for") as caught:
+        keep_fitting(torch.tensor(refusal), SETS)
+    assert said in str(caught.value)
+    assert unsaid not in str(caught.value)
+
+
 def test_skipping_the_filter_keeps_everything():
     assert keep_fitting(torch.full((10,), NAN), SETS, skip=True) == SETS

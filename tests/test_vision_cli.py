@@ -247,7 +247,10 @@ def test_the_defaults_are_those_of_the_configuration() -> None:
         (["--refusal_tokens", "zyxwvut"], "is not one token"),
         (["--chat_template", "{{ messages }"], "chat template"),
         (["--chat_template", "<image>{{ bos_token }}"], "leaves out the request"),
-        (["--model_id", str(ROOT / "refusal_direction" / "demo" / "model")], "does not know as a model of this kind"),
+        (
+            ["--model_id", str(ROOT / "refusal_direction" / "demo" / "model")],
+            "does not know as a vision-language model",
+        ),
     ],
 )
 def test_an_error_is_one_message_and_exit_code_2(
@@ -287,7 +290,7 @@ def test_images_that_cannot_be_shown_are_skipped_with_a_count(
     Image.new("CMYK", (9, 9)).save(folder / "7.png", "JPEG")
     assert run("--harmful", str(folder)) == 0
     said = capsys.readouterr().err
-    assert "2 of the images of mixed cannot be shown and are left out (mixed/2: " in said
+    assert f"2 of the images of mixed cannot be shown and are left out ({folder / '2.png'}: " in said
     ids = [name for part in read(tmp_path, "run.json")["prompts"].values() for name in part["ids"]]
     assert not {"mixed/2", "mixed/5"} & set(ids)
     assert any("cannot be shown" in text for text in read(tmp_path, "direction_metadata_vlm.json")["warnings"])

@@ -70,6 +70,20 @@ def test_a_category_that_is_missing_is_named_in_a_warning(tmp_path: Path, caplog
     assert [record.getMessage().split()[0] for record in caplog.records] == ["Sex"]
 
 
+def test_without_a_network_one_category_is_tried(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    tried = []
+
+    def out_of_reach(source: str, category: str, **others: object) -> None:
+        tried.append(category)
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(vision.datasets, "load_dataset", out_of_reach)
+    with pytest.raises(DownloadError, match="could not be loaded .no route to host.. Check the network"):
+        vision.harmful_pairs()
+    assert set(tried) <= {"Illegal_Activitiy", "Illegal_Activity"}
+    assert not caplog.records
+
+
 def test_no_category_at_all_is_an_error(tmp_path: Path):
     with pytest.raises(DownloadError, match="No category of .* could be loaded"):
         vision.harmful_pairs(str(tmp_path / "nowhere"))

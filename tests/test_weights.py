@@ -138,6 +138,16 @@ def test_quantising_without_bitsandbytes_names_the_package(monkeypatch: pytest.M
         load_chat_model(ModelSource("demo", quantization="4bit"))
 
 
+@needs_bitsandbytes
+@pytest.mark.filterwarnings("ignore")
+def test_a_shape_that_this_machine_cannot_run_quantised_is_found_out_by_loading():
+    """On a CPU bitsandbytes wants multiples of 64; the demo's stream is 96 wide."""
+    if torch.cuda.is_available():
+        pytest.skip("a GPU runs it")
+    with pytest.raises(ModelAccessError, match="could not be loaded with quantised weights on this machine"):
+        load_chat_model(ModelSource("demo", quantization="4bit"))
+
+
 def test_a_quantisation_that_this_machine_cannot_run_says_so():
     with (
         pytest.raises(ModelAccessError, match=r"quantised weights on this machine: No GPU found\. Use a machine"),

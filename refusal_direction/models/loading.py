@@ -125,6 +125,7 @@ def _load(source: ModelSource, demo_dir: Path, model_class: Any, tokenizer_class
             **offload,
         )
         owned_by(model)
+        _try_quantised(model)
     _check_complete(source.model_id, report)
     if source.adapter is not None:
         add_adapter(model, source.adapter, allow_pickle=source.allow_pickle)
@@ -162,6 +163,18 @@ def _quantization(source: ModelSource, config: PretrainedConfig, dtype: torch.dt
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
     }
+
+
+@torch.no_grad()
+def _try_quantised(model: PreTrainedModel) -> None:
+    """Not every processor can run every shape of quantised weights, which shows when one is used."""
+    shapes = set()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and not module.weight.is_floating_point() and not module.weight.is_meta:
+            shape = (module.in_features, module.out_features)
+            if shape not in shapes:
+                module(torch.zeros(1, module.in_features, dtype=model.dtype, device=module.weight.device))
+            shapes.add(shape)
 
 
 def _check_complete(model_id: str, report: dict[str, Any]) -> None:
@@ -205,9 +218,14 @@ def _parameters(config: PretrainedConfig, model_class: Any, source: ModelSource)
         with torch.device("meta"):
             model = model_class.from_config(config, trust_remote_code=source.trust_remote_code)
     except ValueError as error:
+        text = model_class is AutoModelForCausalLM
+        kind, other = (
+            ("chat model", "with images, extract_refusal_direction_vlm.py")
+            if text
+            else ("vision-language model", "for text alone, extract_refusal_direction.py")
+        )
         raise ModelAccessError(
-            f"{source.model_id} is a {config.model_type}, which transformers does not know as a model of this kind. Use a chat model, "
-            "or, with extract_refusal_direction_vlm.py, a vision-language model."
+            f"{source.model_id} is a {config.model_type}, which transformers does not know as a {kind}. Use one that is; or, {other}."
         ) from error
     return sum(weight.numel() for weight in model.parameters())
 

@@ -83,7 +83,11 @@ def doubt(tokens: RefusalTokens, harmful: Mass, harmless: Mass) -> str | None:
     """
     held = f"hold {harmful.median:.1%} of the probability on harmful prompts and {harmless.median:.1%} on harmless ones (medians)"
     names = ", ".join(map(repr, tokens.texts))
-    if harmful.upper <= 0.5:
+    if harmful.upper <= 0.5 and harmless.median > 0.5:
+        wrong = (
+            "So harmless prompts count as refused, and harmful ones do not: maybe --harmful and --harmless are swapped."
+        )
+    elif harmful.upper <= 0.5:
         wrong = "So hardly a harmful prompt counts as refused: the model answers them, or it refuses in other words."
     elif harmless.upper > 0.5:
         wrong = "So many harmless prompts count as refused: the tokens begin ordinary replies, too."

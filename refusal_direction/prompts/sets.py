@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING
 
-from refusal_direction.errors import TooFewPromptsError
+from refusal_direction.errors import PromptError, TooFewPromptsError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 __all__ = ["Prompt", "PromptSets", "sample_pools", "sample_splits"]
+
+_SETS = ("harmful_train", "harmless_train", "harmful_val", "harmless_val")
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,21 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptSets:
-    """Harmful and harmless prompts, to compute the direction (train) and to score it (val)."""
+    """Harmful and harmless prompts, to compute the direction (train) and to score it (val).
+
+    Any sequences of prompts will do; a string is a prompt of that text.
+
+    Raises PromptError where there is something else in one.
+    """
 
     harmful_train: tuple[Prompt, ...]
     harmless_train: tuple[Prompt, ...]
     harmful_val: tuple[Prompt, ...]
     harmless_val: tuple[Prompt, ...]
+
+    def __post_init__(self) -> None:
+        for name in _SETS:
+            object.__setattr__(self, name, tuple(_prompts(name, getattr(self, name))))
 
     @property
     def everything(self) -> tuple[Prompt, ...]:
@@ -43,11 +54,18 @@ class PromptSets:
         """For each set, the places of its prompts in `everything`."""
         places: dict[str, list[int]] = {}
         begin = 0
-        for name in ("harmful_train", "harmless_train", "harmful_val", "harmless_val"):
+        for name in _SETS:
             size = len(getattr(self, name))
             places[name] = list(range(begin, begin + size))
             begin += size
         return places
+
+
+def _prompts(name: str, given: Iterable[Prompt | str]) -> Iterator[Prompt]:
+    for place, one in enumerate([given] if isinstance(given, str) else given):
+        if not isinstance(one, Prompt | str):
+            raise PromptError(f"{name}: {one!r} is neither a string nor a Prompt.")
+        yield Prompt(f"{name}/{place}", one) if isinstance(one, str) else one
 
 
 def _draw(rng: Random, pool: Sequence[Prompt], count: int, name: str, remedy: str) -> tuple[Prompt, ...]:
@@ -78,8 +96,13 @@ def sample_pools(
 ) -> PromptSets:
     """Draw train and validation prompts, without overlap, from one pool of each kind; repeated texts count once.
 
-    Raises TooFewPromptsError where a pool has fewer prompts than n_train + n_val.
+    Raises TooFewPromptsError where a pool has fewer prompts than n_train + n_val, PromptError where one is in both.
     """
+    if common := {prompt.text for prompt in harmful} & {prompt.text for prompt in harmless}:
+        some = next(prompt for prompt in harmful if prompt.text in common)
+        raise PromptError(
+            f"{len(common)} of the prompts are both harmful and harmless, {some.id} among them. Leave them out of one of the files."
+        )
     rng = Random(seed)
     drawn = {}
     for name, pool in (("harmful", harmful), ("harmless", harmless)):

@@ -79,14 +79,13 @@ def harmful_pairs(source: str = HARMFUL) -> list[Prompt]:
         try:
             rows = islice(_load(source, category), _PER_CATEGORY)
             pairs += _pairs(category, ((row["image"], row["question"]) for row in rows))
+        except ConnectionError as error:  # the others would not be reached either, after as many tries
+            raise DownloadError(_out_of_reach(f"{source} could not be loaded", error)) from error
         except (*_UNREACHABLE, KeyError) as error:
             reasons.append(f"{category}: {error}")
             log.warning("%s could not be loaded from %s (%s); it is left out.", category, source, _first_line(error))
     if not pairs:
-        raise DownloadError(
-            f"No category of {source} could be loaded ({_first_line(reasons[0])}). Check the network, pass your own pairs with "
-            "--harmful and --harmless, or try --model_id demo, which needs no download."
-        )
+        raise DownloadError(_out_of_reach(f"No category of {source} could be loaded", reasons[0]))
     return pairs
 
 
@@ -112,10 +111,14 @@ def harmless_pairs(source: str = HARMLESS, seed: int = 42) -> list[Prompt]:
         rows = ((row["image"], rng.choice(QUESTIONS)) for row in islice(stream, _HARMLESS_IMAGES))
         return _pairs("coco", rows)
     except _UNREACHABLE as error:
-        raise DownloadError(
-            f"{source} could not be loaded ({_first_line(error)}). Check the network, pass your own pairs with --harmful and "
-            "--harmless, or try --model_id demo, which needs no download."
-        ) from error
+        raise DownloadError(_out_of_reach(f"{source} could not be loaded", error)) from error
+
+
+def _out_of_reach(what: str, error: object) -> str:
+    return (
+        f"{what} ({_first_line(error)}). Check the network, pass your own pairs with --harmful and --harmless, "
+        "or try --model_id demo, which needs no download."
+    )
 
 
 def _undecoded(rows: Any) -> Any:
@@ -134,7 +137,7 @@ def _pairs(name: str, rows: Iterable[tuple[Any, str]]) -> list[Prompt]:
         try:
             pairs.append(Prompt(f"{name}/{index}", question, usable(_opened(raw))))
         except UnusableImageError as error:
-            unusable.append(f"{name}/{index}: {error}")
+            unusable.append(f"{raw.get('path') or index}: {error}")
     if unusable:
         log.warning("%d of the images of %s cannot be shown and are left out (%s).", len(unusable), name, unusable[0])
     return pairs
@@ -144,6 +147,8 @@ def _opened(raw: dict[str, Any]) -> Image.Image:
     try:
         return Image.open(io.BytesIO(raw["bytes"]) if raw.get("bytes") is not None else raw["path"])
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        if isinstance(error, UnidentifiedImageError):  # its own words give an address in memory
+            raise UnusableImageError("it is no image that is known") from error
         raise UnusableImageError(str(error)) from error
 
 
@@ -172,7 +177,8 @@ def _own_rows(folder: Path) -> Iterator[tuple[dict[str, Any], str]]:
         if not entry["question"].strip() or not encodable(entry["question"]):
             raise PromptFileError(f"{metadata}: the question in line {line} is empty, or not text. {_EXPECTED}")
         try:
-            yield {"bytes": (folder / entry["file_name"]).read_bytes()}, entry["question"]
+            path = folder / entry["file_name"]
+            yield {"bytes": path.read_bytes(), "path": str(path)}, entry["question"]
         except (OSError, ValueError) as error:
             raise PromptFileError(
                 f"{metadata}: line {line} names {entry['file_name'][:80]!r}, which cannot be read "
