@@ -101,6 +101,10 @@ def choose(setting: Setting, config: Config, *, progress: Progress) -> Choice:
     Raises NoCandidateError where no candidate can be selected.
     """
     name, sweeps = search_name(config), Sweeps(setting, config, progress)
+    if bool(sweeps.null.all()):
+        raise NoCandidateError(
+            "Every candidate has length zero: harmful and harmless training prompts leave the same activations. Are they the same?"
+        )
     if name == "pruned":
         outcome = _pruned(sweeps, config)
     elif not config.rules.relative_steering:

@@ -44,10 +44,16 @@ def ablate(
 ) -> Float[Tensor, "row token d_model"]:
     """x - (x . u) u (paper, eq. 5), each row its own u, or one u for all; in x's dtype.
 
+    In half precision it is done twice: where most of x lies along u, the rounding of x . u leaves more of it than of the rest.
     Some modules hand on `x` flattened to (row * token, d_model); the result then has that shape too.
 
     Raises ValueError where u has another number of rows than x.
     """
+    once = _ablated_once(x, u)
+    return _ablated_once(once, u) if x.dtype.itemsize < torch.float32.itemsize else once
+
+
+def _ablated_once(x: Tensor, u: Tensor) -> Tensor:
     if u.ndim == 1:
         return torch.addcmul(x, (x @ u).unsqueeze(-1), u, value=-1)
     if x.shape[0] % len(u) or (x.ndim == 3 and x.shape[0] != len(u)):

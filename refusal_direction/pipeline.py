@@ -130,7 +130,8 @@ def extract(
         config: every other setting; None for the defaults.
         prompts: the prompts to use; None gathers those of the configuration.
         progress: called once for each pass over the weights; None shows nothing.
-        unfinished: a folder to keep finished parts in until the run has ended, for `Config.resume`; None keeps nothing.
+        unfinished: a folder to keep finished parts in, for `Config.resume`, until `checkpoints.forget` removes them; None keeps
+            nothing.
 
     Raises RefusalDirectionError: see refusal_direction.errors for every case.
     """

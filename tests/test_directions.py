@@ -217,3 +217,16 @@ def test_no_argument_is_changed() -> None:
 def test_float32_is_the_most_precise_on_mps_only() -> None:
     assert precise("mps") == torch.float32
     assert precise("cpu") == precise(torch.device("cuda", 0)) == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("rows", [False, True])
+def test_ablation_is_exact_where_most_lies_along_the_direction(dtype: torch.dtype, rows: bool) -> None:
+    """As in a channel of massive activations: what is left along u is within rounding of what is left of the rest."""
+    torch.manual_seed(0)
+    u = unit(torch.randn(3, 64)).to(dtype)
+    u = u if rows else u[:1].expand(3, -1)
+    x = (50 * u.float().unsqueeze(1) + 0.2 * torch.randn(3, 20, 64)).to(dtype)
+    left = ablate(x, u if rows else u[0]).double()
+    along = (left @ unit(u.double()).unsqueeze(-1)).squeeze(-1).abs() / left.norm(dim=-1)
+    assert float(along.max()) <= max(1e-4, torch.finfo(dtype).eps)

@@ -10,6 +10,7 @@ from refusal_direction import ChatModel, Extraction, ablated, extract, load_chat
 from refusal_direction.config import VISION_CONFIG, Config, ModelSource, PromptSource, Thresholds
 from refusal_direction.errors import (
     ConfigurationError,
+    NoCandidateError,
     PromptError,
     TokenizerError,
     TooFewPromptsError,
@@ -42,6 +43,13 @@ def test_tokens_that_say_nothing_of_refusal_are_warned_of_in_the_results(chat: C
     (warning,) = extract(chat, config, prompts=extraction.prompts).warnings
     assert "hardly a harmful prompt counts as refused" in warning
     assert extraction.warnings == ()  # control
+
+
+@pytest.mark.parametrize("search", ["exhaustive", "pruned"])
+def test_prompts_that_are_the_same_on_both_sides_give_no_candidate(chat: ChatModel, search: str):
+    texts = ["Name a colour.", "Paint a wall."]
+    with pytest.raises(NoCandidateError, match="Every candidate has length zero.*Are they the same"):
+        extract(chat, replace(FEW, search=search, skip_filter=True), prompts=PromptSets(texts, texts, texts, texts))
 
 
 def test_the_probability_of_the_refusal_tokens_is_that_of_each_kind_of_prompts(extraction: Extraction):

@@ -86,8 +86,8 @@ class Prelude:
         return sum(held.values())
 
 
-_BROKEN = (AttributeError, IndexError, KeyError, NameError, NotImplementedError, TypeError)
-"""What code raises where it is at fault itself."""
+_BROKEN = (AttributeError, IndexError, KeyError, NameError, NotImplementedError, TypeError, ValueError)
+"""What code raises where it is at fault itself, or lacks an input."""
 
 
 class _Recorded(Exception):

@@ -54,7 +54,8 @@ def load(config: Config) -> ChatModel:
 def load_chat_model(source: ModelSource | str | os.PathLike[str]) -> ChatModel:
     """Load a chat model: a Hub id, a folder, or "demo". Weights that do not fit are offloaded to CPU memory and disk.
 
-    Raises ModelAccessError (gated, unknown, out of reach), TokenizerError, ConfigurationError.
+    Raises ModelError (ModelAccessError: gated, unknown, out of reach; TokenizerError, ChatTemplateError, ...), ConfigurationError,
+    OutOfMemoryError.
     """
     source = source if isinstance(source, ModelSource) else ModelSource(model_id=str(source))
     model, tokenizer = _load(source, demo.MODEL_DIR, AutoModelForCausalLM, AutoTokenizer)
@@ -64,7 +65,8 @@ def load_chat_model(source: ModelSource | str | os.PathLike[str]) -> ChatModel:
 def load_vision_model(source: ModelSource | str | os.PathLike[str]) -> VisionChatModel:
     """Load a vision-language model, likewise.
 
-    Raises ModelAccessError (gated, unknown, out of reach), TokenizerError, ConfigurationError.
+    Raises ModelError (ModelAccessError: gated, unknown, out of reach; TokenizerError, ChatTemplateError, ...), ConfigurationError,
+    OutOfMemoryError.
     """
     source = source if isinstance(source, ModelSource) else ModelSource(model_id=str(source))
     model, processor = _load(source, demo_vision.MODEL_DIR, AutoModelForImageTextToText, AutoProcessor)
