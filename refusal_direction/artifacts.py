@@ -311,9 +311,9 @@ def _per_prompt(extraction: Extraction) -> bytes:
         metadata={
             "harmful_ids": json.dumps([everything[index].id for index in kept["harmful_val"]]),
             "harmless_ids": json.dumps([everything[index].id for index in kept["harmless_val"]]),
-            "ablation_refusal": "candidate x harmful",
-            "steering_refusal": "candidate x harmless",
-            "kl_div": "candidate x harmless",
+            "ablation_refusal": "candidate x harmful; candidates by position, then layer, as in all_direction_scores.json",
+            "steering_refusal": "candidate x harmless; candidates likewise",
+            "kl_div": "candidate x harmless; candidates likewise",
             "schema_version": str(SCHEMA_VERSION),
         },
     )

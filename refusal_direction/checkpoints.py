@@ -54,7 +54,8 @@ def fingerprint(
         sets: which of the prompts are in which set.
         given: whether the model was handed over in memory, where it may have been trained further: then some elements of
             each weight count as well. Of one that was just loaded they do not: which of them are in memory, and which on
-            disk, depends on the memory that is free.
+            disk, depends on the memory that is free. With an adapter from the Hub they count, too: nothing else tells which
+            revision it is, and all are in memory.
     """
     versions = [torch.__version__, transformers.__version__, _FORM]
     tensors = (tensor for one in inputs for _, tensor in sorted(one.items()))
@@ -62,7 +63,8 @@ def fingerprint(
     files = [_files(Path(name)) for name in (source.model_id, source.adapter) if name is not None]
     weights = [vars(source), chat.revision, files, str(chat.model.dtype)]
     settings = [str(chat.model.device.type), tokens.ids, chat.n_positions, sets]
-    return digest(versions, weights, settings, *(_samples(chat.model) if given else ()), *tensors)
+    sampled = given or (source.adapter is not None and not Path(source.adapter).is_dir())
+    return digest(versions, weights, settings, *(_samples(chat.model) if sampled else ()), *tensors)
 
 
 def _samples(model: nn.Module) -> Iterator[Tensor]:

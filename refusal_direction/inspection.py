@@ -115,11 +115,12 @@ def _sweeps(ready: Prepared, config: Config) -> dict[str, list[Row]]:
     among = None if top_k is None else [n_layers // 2] * min(top_k, len(candidates.layers))
     kl, rest = rows(measures=frozenset({Measure.KL})), rows(measures=ALL - {Measure.KL}, among=among)
     baseline = [Row(prompt) for prompt in range(len(ready.prompts.everything))]
-    if search == "pruned":  # in several sweeps, of fewer rows
-        return {"baseline": baseline, "interventions, at most": kl + rest}
-    if config.rules.relative_steering:
+    if config.rules.relative_steering and search != "pruned":
         return {"baseline": baseline, "KL divergence": kl, "ablation and steering": rest}
-    return {"baseline": baseline, "interventions": kl + rest}
+    return {
+        "baseline": baseline,
+        "interventions, at most": kl + rest,
+    }  # candidates of length zero, often layer 0's, are not run
 
 
 def token_layers(engine: Engine, rows: Sequence[Row], candidates: Candidates) -> int:

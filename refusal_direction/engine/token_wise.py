@@ -83,8 +83,8 @@ def _outputs(
 
 
 def _otherwise(output: Tensor) -> Tensor:
-    """Something else at all tokens but the last. If the layer's last token notices, as attention does, it needs them."""
-    other = -1 - output
+    """The contrary at all tokens but the last. If the layer's last token notices, as attention does, it needs them."""
+    other = -output
     other[:, -1] = output[:, -1]
     return other
 
