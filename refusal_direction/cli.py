@@ -291,7 +291,7 @@ def _task(argv: Sequence[str]) -> tuple[Callable[[Config], None], Sequence[str]]
     return _inspect, ["--model_id", *rest] if named else rest
 
 
-def _kept(config: Config | None, before: set[tuple[Path, int]]) -> bool:
+def _resumable(config: Config | None, before: set[tuple[Path, int]]) -> bool:
     """Whether there is something to resume: of this run, or of the one that it resumes."""
     return config is not None and bool(_finished(config) - (set() if config.resume else before))
 
@@ -322,15 +322,15 @@ def _main(argv: Sequence[str] | None, defaults: Config) -> int:
         _discard_output()
     except RefusalDirectionError as error:
         print(f"Error: {error}", file=sys.stderr)
-        if _kept(config, before):
+        if _resumable(config, before):
             print(
                 "What was measured is kept: --resume goes on from there, also with other thresholds.", file=sys.stderr
             )
         return 2
     except KeyboardInterrupt:
-        resumable = " What was finished is kept: --resume goes on from there." if _kept(config, before) else ""
+        kept = " What was finished is kept: --resume goes on from there." if _resumable(config, before) else ""
         print(
-            f"\nInterrupted. Results are written whole or not at all; those of earlier runs are untouched.{resumable}",
+            f"\nInterrupted. Results are written whole or not at all; those of earlier runs are untouched.{kept}",
             file=sys.stderr,
         )
         return 130

@@ -37,6 +37,9 @@ __all__ = [
 ]
 
 
+_KINDS = tuple(Kind)
+
+
 @dataclass(frozen=True)
 class Baseline:
     """What the model does without intervention."""
@@ -128,9 +131,7 @@ def measure_baseline(
         tick: receives progress.
         store: where an earlier run may have left the result, and where it is left.
     """
-    stored = store.load("baseline")
-    if everywhere(stored is not None) and stored is not None:
-        engine.adopt("hooked" if stored["hooked"] else "layer-major", "An earlier part of this run was done so.")
+    if (stored := _stored_baseline(engine, store)) is not None:
         return _baseline(stored, logits_of)
     count, skeleton = len(engine.prompts), engine.stream.skeleton
     refusal, mass = (torch.zeros(count, dtype=torch.float64) for _ in range(2))
@@ -145,8 +146,6 @@ def measure_baseline(
         nonlocal logits_kept
         if not logits_kept.numel():
             logits_kept = logits.new_zeros(len(logits_place), logits.shape[-1])
-        if not mine:
-            return
         prompts = [row.prompt for row in rows]
         refusal[prompts] = refusal_score(logits, tokens.ids).cpu().double()
         mass[prompts] = refusal_mass(logits, tokens.ids).cpu().double()
@@ -154,14 +153,15 @@ def measure_baseline(
         logits_kept[[logits_place[prompts[index]] for index in ours]] = logits[ours]
 
     def observe(layer: int, rows: list[Row], hidden: Tensor) -> None:
-        ours = [index for index, row in enumerate(rows) if row.prompt in place and mine]
+        ours = [index for index, row in enumerate(rows) if row.prompt in place]
         where = [place[rows[index].prompt] for index in ours]
         activations[where, :, layer] = hidden[ours, -n_positions:].to(activations)
 
     mine = share(range(count), engine.costs([Row(prompt) for prompt in range(count)], None))
-    engine.baseline(
-        consume, observe, tick, prompts=mine or [0]
-    )  # where there are more processes, the first is only looked at
+    engine.baseline(consume, observe, tick, prompts=mine or [0])
+    if not mine:  # a prompt of another process has shown what logits look like
+        for seen in (refusal, mass, activations, logits_kept):
+            seen.zero_()
     if not everywhere(engine.name == "layer-major"):
         engine.adopt("hooked", "Run layer by layer, the model went astray in another process.")
     results = ("refusal", "mass", "activations", "logits")
@@ -169,6 +169,15 @@ def measure_baseline(
     part["hooked"] = torch.tensor(engine.name == "hooked")
     store.save("baseline", part)
     return _baseline(part, logits_of)
+
+
+def _stored_baseline(engine: Engine, store: Store) -> Mapping[str, Tensor] | None:
+    """What an earlier run has left, if every process finds it; the engine is then the one that was used."""
+    stored = store.load("baseline")
+    if not everywhere(stored is not None) or stored is None:
+        return None
+    engine.adopt("hooked" if stored["hooked"] else "layer-major", "An earlier part of this run was done so.")
+    return stored
 
 
 def _baseline(part: Mapping[str, Tensor], logits_of: Sequence[int]) -> Baseline:
@@ -264,7 +273,7 @@ def _run_parts(setting: Setting, candidates: Candidates, *, rows: Sequence[Row],
     """
     engine, baseline, store = setting.engine, setting.baseline, setting.store
     place = {row: index for index, row in enumerate(rows)}
-    measured, times = torch.zeros(len(rows), 2, dtype=torch.float64), torch.zeros(len(rows))
+    measured, n_processes = torch.zeros(len(rows), 2, dtype=torch.float64), torch.zeros(len(rows))
 
     def consume(some: list[Row], logits: Tensor) -> None:
         places = [place[row] for row in some]
@@ -276,7 +285,7 @@ def _run_parts(setting: Setting, candidates: Candidates, *, rows: Sequence[Row],
             measured[[places[i] for i in compared], 1] = divergence.cpu().double()
 
     mine = share(rows, engine.costs(rows, candidates))
-    times[[place[row] for row in mine]] = 1
+    n_processes[[place[row] for row in mine]] = 1
     group = store.key(candidates.vectors)
     known: dict[Row, Tensor] = {}
     for kept in store.load_all(group):
@@ -289,12 +298,9 @@ def _run_parts(setting: Setting, candidates: Candidates, *, rows: Sequence[Row],
             engine.intervene(left, candidates, consume, tick)
             ran = torch.tensor([_as_numbers(row) for row in left])
             store.save(f"{group}-{store.key(ran)}", {"rows": ran, "measured": measured[[place[row] for row in left]]})
-    measured, times = summed(measured, times)
-    assert bool((times == 1).all()), "processes disagree on who runs what"
+    measured, n_processes = summed(measured, n_processes)
+    assert bool((n_processes == 1).all()), "processes disagree on who runs what"
     return measured
-
-
-_KINDS = tuple(Kind)
 
 
 def _as_numbers(row: Row) -> tuple[int, int, int]:

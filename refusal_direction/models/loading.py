@@ -43,6 +43,11 @@ log = logging.getLogger(__name__)
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _BITS = {"4bit": 4, "8bit": 8}
 _SHARE_FOR_WEIGHTS = 0.75
+_KINDS = {
+    AutoModelForCausalLM: ("chat model", "with images, extract_refusal_direction_vlm.py"),
+    AutoModelForImageTextToText: ("vision-language model", "for text alone, extract_refusal_direction.py"),
+}
+"""What the two pipelines load, and the script of the other."""
 _Chat = TypeVar("_Chat", bound=ChatModel)
 
 
@@ -220,12 +225,7 @@ def _parameters(config: PretrainedConfig, model_class: Any, source: ModelSource)
         with torch.device("meta"):
             model = model_class.from_config(config, trust_remote_code=source.trust_remote_code)
     except ValueError as error:
-        text = model_class is AutoModelForCausalLM
-        kind, other = (
-            ("chat model", "with images, extract_refusal_direction_vlm.py")
-            if text
-            else ("vision-language model", "for text alone, extract_refusal_direction.py")
-        )
+        kind, other = _KINDS[model_class]
         raise ModelAccessError(
             f"{source.model_id} is a {config.model_type}, which transformers does not know as a {kind}. Use one that is; or, {other}."
         ) from error

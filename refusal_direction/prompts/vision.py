@@ -146,9 +146,9 @@ def _pairs(name: str, rows: Iterable[tuple[Any, str]]) -> list[Prompt]:
 def _opened(raw: dict[str, Any]) -> Image.Image:
     try:
         return Image.open(io.BytesIO(raw["bytes"]) if raw.get("bytes") is not None else raw["path"])
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        if isinstance(error, UnidentifiedImageError):  # its own words give an address in memory
-            raise UnusableImageError("it is no image that is known") from error
+    except UnidentifiedImageError as error:  # its own words give an address in memory
+        raise UnusableImageError("it is no image that is known") from error
+    except (OSError, Image.DecompressionBombError) as error:
         raise UnusableImageError(str(error)) from error
 
 
