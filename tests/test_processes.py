@@ -165,47 +165,50 @@ def together(program: str, count: int = 2) -> list[str]:
 @pytest.mark.parametrize("error", [False, True])
 def test_processes_leave_each_other_before_they_end(error: bool) -> None:
     """Else a thread that waits for messages may abort one of them at its end, and the launcher then all others."""
-    together(f"""
+    printed = together(f"""
 import torch
 import torch.distributed as distributed
 from refusal_direction import processes
 
 try:
     with processes.joined():
-        assert processes.summed(torch.ones(3))[0].tolist() == [2, 2, 2]
+        print(*processes.summed(torch.ones(3))[0].tolist())
         if {error} and processes.rank() == 1:
             raise ValueError
 except ValueError:
     pass
-assert not distributed.is_initialized()
+print(distributed.is_initialized())
 """)
+    assert printed == ["2.0 2.0 2.0\nFalse\n"] * 2
 
 
 def test_what_others_have_set_up_serves_and_stays() -> None:
-    together("""
+    printed = together("""
 import torch
 import torch.distributed as distributed
 from refusal_direction import processes
 
 distributed.init_process_group("gloo")
 with processes.joined():
-    assert processes.summed(torch.ones(3))[0].tolist() == [2, 2, 2]
-assert distributed.is_initialized()
+    print(*processes.summed(torch.ones(3))[0].tolist())
+print(distributed.is_initialized())
 distributed.barrier()
 distributed.destroy_process_group()
 """)
+    assert printed == ["2.0 2.0 2.0\nTrue\n"] * 2
 
 
 def test_what_one_has_to_say_all_know() -> None:
-    together("""
+    first, second = together("""
 from refusal_direction import processes
 
 with processes.joined():
     first = processes.rank() == 0
-    assert processes.largest(0.25 if first else 0.75) == 0.75
-    assert processes.everywhere(True) and not processes.everywhere(first)
-    assert processes.said_elsewhere(["all"] if first else ["all", "one"]) == (["one"] if first else [])
+    print(processes.largest(0.25 if first else 0.75), processes.everywhere(True), processes.everywhere(first))
+    print(processes.said_elsewhere(["all"] if first else ["all", "one"]))
 """)
+    assert first == "0.75 True False\n['one']\n"
+    assert second == "0.75 True False\n[]\n"
 
 
 SOLVED = """
