@@ -68,8 +68,8 @@ def check_writable(folder: Path, rules: Rules) -> bool:
 
     Returns whether the folder is new.
 
-    Raises OutputError where the folder cannot be written, or holds the results of the other pipeline: of the two, run.json
-    could only be one's.
+    Raises OutputError where the folder cannot be written, has a folder where a file goes, or holds the results of the other
+    pipeline: of the two, run.json could only be one's.
     """
     try:
         new = not folder.exists()
@@ -79,12 +79,17 @@ def check_writable(folder: Path, rules: Rules) -> bool:
         for abandoned in folder.glob(f"{_STAGING}*"):  # by a run that was killed
             shutil.rmtree(abandoned, ignore_errors=True)
         _move_into_place(folder)
+        in_the_way = [name for name in file_names(rules) if (folder / name).is_dir()]
         others = [other for other in _kinds(folder) if other.images != rules.images]
     except OSError as error:
         raise OutputError(
             f"{folder} cannot be written ({error.strerror}: {error.filename}). Choose another --output_dir, or change its "
             "permissions."
         ) from error
+    if in_the_way:
+        raise OutputError(
+            f"{folder / in_the_way[0]} is a folder, where a file of results goes. Choose another --output_dir."
+        )
     if others:
         found = "images with text" if others[0].images else "text"
         raise OutputError(f"{folder} holds the results of a run on {found}. Choose another --output_dir.")
@@ -96,11 +101,12 @@ def _kinds(folder: Path) -> list[Rules]:
     return [rules for rules in (TEXT, VISION) if (folder / _file_name("direction_metadata.json", rules)).exists()]
 
 
-def write(extraction: Extraction, folder: Path) -> None:
+def write(extraction: Extraction, folder: str | Path) -> None:
     """Write all files of a run, as one set.
 
     Raises OutputError, leaving the old set as it was, where the disk is full or the folder cannot be written.
     """
+    folder = Path(folder)
     check_writable(folder, extraction.config.rules)
     staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=folder))
     try:

@@ -95,9 +95,9 @@ def _add_prompts(group: argparse._ArgumentGroup, defaults: Config) -> None:
     add, prompts = partial(_add, group), defaults.prompts
     files = ("FILE", ".json, .jsonl, .csv, .txt")
     own, kind = ("FOLDER", "images with metadata.jsonl") if defaults.rules.images else files
-    add("harmful", type=Path, metavar=own, help=f"own harmful prompts: {kind}")
-    add("harmless", type=Path, metavar=own, help="own harmless prompts, likewise")
-    add("data_dir", type=Path, default=prompts.data_dir, help="where the published prompts are kept")
+    add("harmful", type=_path, metavar=own, help=f"own harmful prompts: {kind}")
+    add("harmless", type=_path, metavar=own, help="own harmless prompts, likewise")
+    add("data_dir", type=_path, default=prompts.data_dir, help="where the published prompts are kept")
     add("n_train", type=int, default=prompts.n_train, help="prompts of each kind for the direction")
     add("n_val", type=int, default=prompts.n_val, help="prompts of each kind for its scores")
     add("seed", type=int, default=prompts.seed, help="of the draw")
@@ -119,7 +119,7 @@ def _add_method(group: argparse._ArgumentGroup, defaults: Config) -> None:
 
 def _add_output(group: argparse._ArgumentGroup, defaults: Config) -> None:
     add = partial(_add, group)
-    add("output_dir", type=Path, default=defaults.output_dir, help="folder of the results")
+    add("output_dir", type=_path, default=defaults.output_dir, help="folder of the results")
     add("resume", action="store_true", help="go on with a run that was cut off, from what it had finished")
     add("sanity", action="store_true", help="show a few baseline, ablated and steered completions at the end")
 
@@ -146,6 +146,13 @@ def config_from(arguments: argparse.Namespace, rules: Rules = TEXT) -> Config:
         sanity=arguments.sanity,
         resume=arguments.resume,
     )
+
+
+def _path(name: str) -> Path:
+    """A file or folder; ~ is one's home, also where the shell leaves it as it is."""
+    if not name:
+        raise argparse.ArgumentTypeError("it is empty: name a file or folder, or leave the flag out")
+    return Path(name).expanduser()
 
 
 def _bytes(size: str) -> int:

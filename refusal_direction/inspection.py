@@ -81,6 +81,7 @@ def inspect(config: Config) -> Inspection:
     Raises RefusalDirectionError where a run would, before its first sweep.
     """
     ready = prepare(config)
+    ready.engine.rehearse()
     stream = ready.engine.stream
     sites = Counter(tuple(site.module for site in layer) for layer in stream.writes)
     sweeps = _sweeps(ready, config)

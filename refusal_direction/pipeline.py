@@ -32,7 +32,7 @@ from refusal_direction.errors import (
 from refusal_direction.memory import peak_bytes
 from refusal_direction.models import refusal_tokens
 from refusal_direction.models.chat import ChatModel
-from refusal_direction.models.loading import load
+from refusal_direction.models.loading import check_access, load
 from refusal_direction.models.placement import execution_device
 from refusal_direction.models.refusal_tokens import Mass, RefusalTokens
 from refusal_direction.models.vision import VisionChatModel
@@ -195,6 +195,8 @@ def prepare(
 ) -> Prepared:
     """Gather prompts, load the model, find its residual stream and its refusal tokens.
 
+    Whether the model can be had is found out first: prompts may be a long download, too.
+
     Args:
         config: names the model and the prompts.
         chat: the model, if it is loaded already.
@@ -202,6 +204,9 @@ def prepare(
         progress: whether downloads show bars.
     """
     clock = _Clock()
+    if chat is None:
+        with clock("model"):
+            check_access(config.model)
     with clock("prompts"):
         prompts = prompts or prompt_sources.gather(config, progress=progress)
     if not all(prompts.indices().values()):
@@ -298,7 +303,7 @@ class _Clock:
     def __call__(self, stage: str) -> Iterator[None]:
         begin = time.perf_counter()
         yield
-        self.seconds[stage] = time.perf_counter() - begin
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begin
 
 
 def _inputs(chat: ChatModel, prompts: PromptSets) -> list[dict[str, Tensor]]:

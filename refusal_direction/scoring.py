@@ -295,7 +295,7 @@ def _run_parts(setting: Setting, candidates: Candidates, *, rows: Sequence[Row],
         tick(engine.work(found, candidates))
     for part in engine.parts(mine):
         if left := [row for row in part if row not in known]:
-            engine.intervene(left, candidates, consume, tick)
+            engine.intervene(left, candidates, consume, tick=tick)
             ran = torch.tensor([_as_numbers(row) for row in left])
             store.save(f"{group}-{store.key(ran)}", {"rows": ran, "measured": measured[[place[row] for row in left]]})
     measured, n_processes = summed(measured, n_processes)

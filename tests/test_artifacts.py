@@ -224,6 +224,13 @@ def test_the_digest_of_prompts_is_of_their_images_too():
     assert len({artifacts._digest([one]) for one in (red, blue, Prompt("a/0", "What is this?"))}) == 3
 
 
+def test_a_folder_where_a_file_goes_is_found_out_before_the_work(tmp_path: Path):
+    (tmp_path / "run.json").mkdir()
+    with pytest.raises(OutputError, match=r"run\.json is a folder, where a file of results goes"):
+        artifacts.check_writable(tmp_path, TEXT)
+    artifacts.check_writable(tmp_path / "other", TEXT)
+
+
 def test_other_files_in_the_folder_are_left_alone(extraction: Extraction, tmp_path: Path):
     (tmp_path / "vlm").mkdir()
     (tmp_path / "notes.txt").write_text("mine")

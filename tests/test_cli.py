@@ -163,6 +163,28 @@ def test_an_output_folder_that_cannot_be_written_is_found_before_the_work(
         assert "Choose another --output_dir" in capsys.readouterr().err
 
 
+def test_a_home_folder_may_be_written_as_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """After `--output_dir=` some shells leave it as it is."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert cli.main([*FEW, "--output_dir=~/results"]) == 0
+    assert (tmp_path / "results" / "refusal_direction.pt").is_file()
+
+
+@pytest.mark.parametrize("flag", ["--output_dir", "--data_dir", "--harmful"])
+def test_an_empty_name_is_no_path(
+    flag: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As of a variable that is not set: the working directory was hardly meant."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        cli.main([*FEW, flag, ""])
+    said = capsys.readouterr().err
+    assert f"argument {flag}" in said
+    assert "it is empty: name a file or folder" in said
+
+
 def test_a_run_that_ends_in_an_error_leaves_no_empty_folder(tmp_path: Path):
     assert run("--refusal_tokens", "no such token", output=tmp_path / "new") == 2
     assert not (tmp_path / "new").exists()

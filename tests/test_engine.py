@@ -196,7 +196,7 @@ def test_interventions_report_exactly_the_work_announced(problem: Problem) -> No
     rows = every_row(problem, given)
     engine = engine_of(build(FAMILIES["llama"]), problem)
     ticks: list[int] = []
-    engine.intervene(rows, given, Logits(), ticks.append)
+    engine.intervene(rows, given, Logits(), tick=ticks.append)
     assert sum(ticks) == engine.work(rows, given)
 
 

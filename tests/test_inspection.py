@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from refusal_direction import Extraction, cli, inspection
-from refusal_direction.config import Config, ModelSource, PromptSource
+from refusal_direction import Extraction, cli, extract, inspection
+from refusal_direction.config import Config, ModelSource, PromptSource, Thresholds
 from refusal_direction.engine import Candidates, Kind, Row
+from refusal_direction.engine.skeleton import Skeleton
 from refusal_direction.inspection import Inspection, inspect, token_layers
 from tests.families import D_MODEL, FAMILIES, N_LAYERS, build
 from tests.problems import engine_of, make_problem
@@ -31,6 +32,16 @@ def test_it_says_what_the_run_then_does(found: Inspection, extraction: Extractio
     assert found.engine == extraction.engine
     assert found.rows == {"baseline": 72, "interventions, at most": 3 * 12 * found.n_candidates}
     assert sum(count for _, count in found.writes) == found.n_layers
+
+
+def test_it_says_so_where_the_run_falls_back_in_its_first_sweep(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = Skeleton.tail
+    monkeypatch.setattr(Skeleton, "tail", lambda self, hidden, token: 1.01 * own(self, hidden, token))
+    few = replace(CONFIG, prompts=PromptSource(n_train=4, n_val=4), thresholds=Thresholds(kl=10.0, induce=-100.0))
+    assert inspect(few).engine == extract("demo", few).engine == "hooked"
+    assert "Plain hooked forwards are used" in caplog.text
 
 
 def test_a_pruned_search_costs_at_most_what_an_exhaustive_one_does(found: Inspection) -> None:

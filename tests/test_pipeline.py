@@ -2,14 +2,25 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from refusal_direction import ChatModel, Extraction, ablated, extract, load_chat_model, load_vision_model, steered
+from refusal_direction import (
+    ChatModel,
+    Extraction,
+    ablated,
+    extract,
+    load_chat_model,
+    load_vision_model,
+    pipeline,
+    steered,
+)
 from refusal_direction.config import VISION_CONFIG, Config, ModelSource, PromptSource, Thresholds
 from refusal_direction.errors import (
     ConfigurationError,
+    ModelAccessError,
     NoCandidateError,
     PromptError,
     TokenizerError,
@@ -43,6 +54,18 @@ def test_tokens_that_say_nothing_of_refusal_are_warned_of_in_the_results(chat: C
     (warning,) = extract(chat, config, prompts=extraction.prompts).warnings
     assert "hardly a harmful prompt counts as refused" in warning
     assert extraction.warnings == ()  # control
+
+
+@pytest.mark.parametrize("config", [Config(), VISION_CONFIG], ids=["text", "images with text"])
+def test_a_model_that_cannot_be_had_is_found_out_before_prompts_are_fetched(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    fetched = []
+    monkeypatch.setattr(pipeline.prompt_sources, "gather", lambda *args, **kwargs: fetched.append(args))
+    for model_id in ("nobody/nothing", str(tmp_path)):
+        with pytest.raises(ModelAccessError):
+            extract(model_id, config)
+    assert not fetched
 
 
 @pytest.mark.parametrize("search", ["exhaustive", "pruned"])

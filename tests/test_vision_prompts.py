@@ -112,6 +112,15 @@ def test_images_that_cannot_be_shown_are_left_out_with_a_count(tmp_path: Path, c
     )
 
 
+def test_rows_without_an_image_are_left_out_with_a_count(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    (tmp_path / "coco").mkdir()
+    (tmp_path / "coco/train.jsonl").write_text('{"image_id": 1}\n{"image_id": 2}\n')
+    assert vision.harmless_pairs(str(tmp_path / "coco")) == []
+    assert [record.getMessage() for record in caplog.records] == [
+        "2 of the images of coco cannot be shown and are left out (0: there is none)."
+    ]
+
+
 def opened(content: bytes) -> Image.Image:
     return Image.open(io.BytesIO(content))
 

@@ -142,18 +142,28 @@ class Engine:
             )
         self._runner.run(rows, consume=consume, observe=observe, tick=tick)
 
+    def rehearse(self) -> None:
+        """Run a few prompts as the first pass would, so that the engine is the one that a run ends up with."""
+        witness = self._witness(range(len(self.prompts)))
+        shape = shape_of(self.prompts[witness])
+        alike = [prompt for prompt, inputs in enumerate(self.prompts) if shape_of(inputs) == shape]
+        self.baseline(lambda rows, logits: None, lambda layer, rows, hidden: None, prompts=alike[:4])
+
+    def _witness(self, prompts: Sequence[int]) -> int:
+        """The longest of the prompts that run together with others of their shape, if there are any."""
+        shapes = {prompt: shape_of(self.prompts[prompt]) for prompt in prompts}
+        alike = Counter(shapes.values())
+        length = {prompt: self.prompts[prompt]["input_ids"].shape[-1] for prompt in prompts}
+        return max(prompts, key=lambda prompt: (alike[shapes[prompt]] > 1, length[prompt]))
+
     def _watched_baseline(
         self, runner: LayerMajor, rows: list[Row], consume: Consume, observe: Observe, tick: Tick
     ) -> float:
         """The first pass; returns how far it is from the model's own forward on one prompt, relative to the logits.
 
-        The prompt also goes through as a row that branches off half-way with nothing added: it must come out alike. It is the
-        longest of those that run together with others of their shape, if there are any.
+        The prompt also goes through as a row that branches off half-way with nothing added: it must come out alike.
         """
-        shapes = {row: shape_of(self.prompts[row.prompt]) for row in rows}
-        alike = Counter(shapes.values())
-        length = {row: self.prompts[row.prompt]["input_ids"].shape[-1] for row in rows}
-        witness = max(rows, key=lambda row: (alike[shapes[row]] > 1, length[row])).prompt
+        witness = self._witness([row.prompt for row in rows])
         d_model = self.stream.skeleton.d_model
         nothing = Candidates(torch.zeros(1, d_model), (len(self.stream.layers) // 2,))
         branch = Row(witness, Kind.STEERING, 0)
@@ -172,7 +182,7 @@ class Engine:
         off = torch.stack([logits.to(testimony) - testimony for logits in seen]).abs().max()
         return float(off / testimony.abs().max())  # NaN stays NaN, and is no agreement
 
-    def intervene(self, rows: Sequence[Row], candidates: Candidates, consume: Consume, tick: Tick = silent) -> None:
+    def intervene(self, rows: Sequence[Row], candidates: Candidates, consume: Consume, *, tick: Tick = silent) -> None:
         """Run rows under the interventions of the candidates.
 
         Raises UnsupportedModelError where an ablated stream still holds some of its direction.

@@ -58,7 +58,7 @@ def batch_axes(of_two: Any, of_three: Any) -> Any:
     return map_tensors(_axis, of_two, of_three)
 
 
-def take_rows(tree: Any, axes: Any, rows: Int[Tensor, "row"], prompts: int) -> Any:
+def take_rows(tree: Any, axes: Any, rows: Int[Tensor, "row"], *, prompts: int) -> Any:
     """The arguments for `rows`, each the index of one of the `prompts` that were recorded together."""
 
     def take(tensor: Tensor, axis: int | None) -> Tensor:

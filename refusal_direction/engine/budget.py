@@ -129,7 +129,7 @@ def _width(module: nn.Module) -> int:
     return max((max(weight.shape[-2:]) for weight in module.parameters(recurse=False) if weight.ndim), default=1)
 
 
-def halving(through: Callable[[slice], None], total: int, budget: Budget, limit: Callable[[], int]) -> None:
+def halving(through: Callable[[slice], None], total: int, budget: Budget, *, limit: Callable[[], int]) -> None:
     """Call `through` on consecutive slices of `total` rows; out of memory, go on from there with half the rows.
 
     Raises OutOfMemoryError where a single row does not fit.

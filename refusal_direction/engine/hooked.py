@@ -80,7 +80,7 @@ class Hooked:
                 tick(len(microbatch) * len(self.stream.layers))
 
             length = self.prompts[alike[0].prompt]["input_ids"].shape[-1]
-            halving(through, len(alike), self.budget, partial(self._at_once, length))
+            halving(through, len(alike), self.budget, limit=partial(self._at_once, length))
 
     def _at_once(self, length: int) -> int:
         return self.budget.rows(length) if self._together else 1

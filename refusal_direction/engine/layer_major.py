@@ -142,7 +142,7 @@ class LayerMajor:
         def at_once() -> int:
             return self.budget.rows(self._length(members[0])) if self._together else 1
 
-        halving(through, len(members), self.budget, at_once)
+        halving(through, len(members), self.budget, limit=at_once)
         joined: dict[int, Tensor] = {}
         calls = []
         for index, axes in enumerate(self._axes):
@@ -177,7 +177,7 @@ class LayerMajor:
         tables = Tables.of(candidates, self._groups[0].prelude.hidden)
         testimony = None
         for some in self.parts(rows):
-            lanes = list(lay_out(some, self._places, candidates, tables))
+            lanes = list(lay_out(some, self._places, candidates, tables=tables))
             step = self._step(lanes, self._lead(some, lanes, candidates, tables), observe, tick)
             with self.skeleton.held:  # layers kept in memory for the probes are released after the first pass
                 if witness is not None and testimony is None:
@@ -210,7 +210,7 @@ class LayerMajor:
         if self._prefix is None:
             return None
         apart = dict.fromkeys(replace(row, prompt=_LEAD) for row in rows)
-        (lane,) = lay_out(list(apart), self._places, candidates, tables)
+        (lane,) = lay_out(list(apart), self._places, candidates, tables=tables)
         place = {row: index for index, row in enumerate(lane.rows)}
         trunk = 0  # where steered rows branch off without a baseline row that is asked for, it stands first
         for other in lanes:
@@ -274,14 +274,16 @@ class LayerMajor:
             changed = lane.hidden[rows] + change[lane.places[rows]]
             lane.hidden[rows] = ablate(changed, lane.units(rows)) if lane.any_ablated else changed
 
-        halving(through, lane.entered(index - 1), self.budget, lambda: self.budget.rows(lane.hidden.shape[1]))
+        halving(through, lane.entered(index - 1), self.budget, limit=lambda: self.budget.rows(lane.hidden.shape[1]))
 
     def _advance(self, lane: Lane, index: int, tick: Tick) -> None:
         layer, group = self.stream.layers[index], self._groups[lane.group]
         call, axes = group.prelude.calls[index], self._axes[index]
 
         def through(rows: slice) -> None:
-            args, kwargs, _ = take_rows((call.args, call.kwargs, None), axes, lane.places[rows], len(group.prompts))
+            args, kwargs, _ = take_rows(
+                (call.args, call.kwargs, None), axes, lane.places[rows], prompts=len(group.prompts)
+            )
             if self._prefix is not None:
                 self._prefix.serve(lane.leads, rows)
             with self._intervention(lane, index, rows), self._shortcut(index, lane, LayerCall(args, kwargs), rows):
@@ -291,7 +293,7 @@ class LayerMajor:
 
         entered = lane.entered(index)
         if entered:
-            halving(through, entered, self.budget, lambda: self.budget.rows(lane.hidden.shape[1]))
+            halving(through, entered, self.budget, limit=lambda: self.budget.rows(lane.hidden.shape[1]))
             self._watch_for_leaks(lane, entered)
 
     @contextmanager
@@ -334,4 +336,4 @@ class LayerMajor:
             consume(rows[some], self.skeleton.tail(last[some], token))
 
         with resident(*self.skeleton.outer, recurse=False):
-            halving(through, len(rows), self.budget, self.budget.logit_rows)
+            halving(through, len(rows), self.budget, limit=self.budget.logit_rows)

@@ -130,7 +130,7 @@ class Lane:
 
 
 def lay_out(
-    rows: Sequence[Row], placed: Mapping[int, tuple[int, int]], candidates: Candidates | None, tables: Tables
+    rows: Sequence[Row], placed: Mapping[int, tuple[int, int]], candidates: Candidates | None, *, tables: Tables
 ) -> Iterator[Lane]:
     """Sort rows into lanes. `placed[prompt]` is the prompt's group (prompts of equal length) and its place there."""
     by_group: dict[int, list[Row]] = {}

@@ -36,7 +36,7 @@ from refusal_direction.models.adapters import add_adapter, check_peft
 from refusal_direction.models.chat import ChatModel
 from refusal_direction.models.vision import VisionChatModel
 
-__all__ = ["load", "load_chat_model", "load_vision_model"]
+__all__ = ["check_access", "load", "load_chat_model", "load_vision_model"]
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +49,18 @@ _KINDS = {
 }
 """What the two pipelines load, and the script of the other."""
 _Chat = TypeVar("_Chat", bound=ChatModel)
+
+
+def check_access(source: ModelSource) -> None:
+    """Find out before a long download of prompts or weights whether the model can be had: its config.json is read.
+
+    Raises ModelAccessError, ConfigurationError.
+    """
+    _check_settings(source)
+    _device(source.device)
+    if source.model_id != DEMO_MODEL:
+        with access_explained(source.model_id):
+            AutoConfig.from_pretrained(source.model_id, **_origin(source))
 
 
 def load(config: Config) -> ChatModel:
@@ -100,11 +112,7 @@ def _checked(chat: _Chat) -> _Chat:
 def _load(source: ModelSource, demo_dir: Path, model_class: Any, tokenizer_class: Any) -> tuple[PreTrainedModel, Any]:
     """The weights, and the tokenizer or processor."""
     _check_settings(source)
-    path = str(demo_dir) if source.model_id == DEMO_MODEL else source.model_id
-    origin = {
-        "trust_remote_code": source.trust_remote_code,
-        **({"revision": source.revision} if source.revision else {}),
-    }
+    path, origin = str(demo_dir) if source.model_id == DEMO_MODEL else source.model_id, _origin(source)
     device = _device(source.device)
     with access_explained(source.model_id):
         config = AutoConfig.from_pretrained(path, **origin)
@@ -137,6 +145,11 @@ def _load(source: ModelSource, demo_dir: Path, model_class: Any, tokenizer_class
     if source.adapter is not None:
         add_adapter(model, source.adapter, allow_pickle=source.allow_pickle)
     return model.eval(), tokenizer
+
+
+def _origin(source: ModelSource) -> dict[str, Any]:
+    revision = {"revision": source.revision} if source.revision else {}
+    return {"trust_remote_code": source.trust_remote_code, **revision}
 
 
 def _check_settings(source: ModelSource) -> None:

@@ -137,13 +137,15 @@ def _pairs(name: str, rows: Iterable[tuple[Any, str]]) -> list[Prompt]:
         try:
             pairs.append(Prompt(f"{name}/{index}", question, usable(_opened(raw))))
         except UnusableImageError as error:
-            unusable.append(f"{raw.get('path') or index}: {error}")
+            unusable.append(f"{(raw or {}).get('path') or index}: {error}")
     if unusable:
         log.warning("%d of the images of %s cannot be shown and are left out (%s).", len(unusable), name, unusable[0])
     return pairs
 
 
-def _opened(raw: dict[str, Any]) -> Image.Image:
+def _opened(raw: dict[str, Any] | None) -> Image.Image:
+    if raw is None:
+        raise UnusableImageError("there is none")
     try:
         return Image.open(io.BytesIO(raw["bytes"]) if raw.get("bytes") is not None else raw["path"])
     except UnidentifiedImageError as error:  # its own words give an address in memory

@@ -67,12 +67,12 @@ def search(
     table = Table(len(conditions.layers), floors)
     judgement = judge(table, conditions)
     if judgement.open:
-        _measure(table, first_round(table, conditions, judgement, hints), ask)
+        _measure(table, first_round(table, conditions, judgement, hints=hints), ask)
     while True:
         table.allow_for(noise())
         judgement = judge(table, conditions)
         if judgement.open:
-            _measure(table, next_round(table, conditions, judgement, hints), ask)
+            _measure(table, next_round(table, conditions, judgement, hints=hints), ask)
             continue
         step = _fall_back(table, conditions, judgement) if judgement.best is None and fallbacks else None
         if step is None:

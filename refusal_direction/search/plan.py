@@ -42,7 +42,7 @@ class Hints:
     """Layers of the model: an ablated row goes through all, a steered one through those from its candidate's on."""
 
 
-def first_round(table: Table, conditions: Conditions, judgement: Judgement, hints: Hints) -> list[Cell]:
+def first_round(table: Table, conditions: Conditions, judgement: Judgement, *, hints: Hints) -> list[Cell]:
     """A prompt of each measure for every candidate; the ablation score of the most promising in full.
 
     Where only the `top_k` of lowest KL are considered, and there are many more, the KL decides more: an eighth of the prompts.
@@ -71,12 +71,12 @@ def _least_share(floors: Float[Tensor, "prompt"], limit: float) -> float:
     return (limit - floor) / (-2 * floor) if floor < 0 else 1.0
 
 
-def next_round(table: Table, conditions: Conditions, judgement: Judgement, hints: Hints) -> list[Cell]:
+def next_round(table: Table, conditions: Conditions, judgement: Judgement, *, hints: Hints) -> list[Cell]:
     """What is likely to bring the open candidates to a verdict.
 
     At least one cell, if there is an open candidate: whatever the hints are, the search goes on.
     """
-    planned = list(dict.fromkeys(_Planner(table, conditions, judgement, hints).cells()))
+    planned = list(dict.fromkeys(_Planner(table, conditions, judgement, hints=hints).cells()))
     if planned:
         return planned
     missing = [
@@ -145,7 +145,7 @@ def _forecasts(table: Table, hints: Hints) -> dict[Measure, _Forecast]:
 class _Planner:
     """What follows from the forecasts at one moment of the search."""
 
-    def __init__(self, table: Table, conditions: Conditions, judgement: Judgement, hints: Hints) -> None:
+    def __init__(self, table: Table, conditions: Conditions, judgement: Judgement, *, hints: Hints) -> None:
         self.table, self.conditions, self.judgement, self.depth = table, conditions, judgement, hints.depth
         self.forecasts = _forecasts(table, hints)
         self.ablation, self.kl, self.steering = (
