@@ -1,4 +1,4 @@
-"""The command line: arguments to a configuration, progress, printed errors, exit codes. Nothing else prints.
+"""The command line: arguments to a configuration, progress, printed errors, exit codes. Of a run nothing else prints.
 
 Exit codes: 0 done; 2 an error the user can mend (see errors.py); 130 interrupted.
 """
@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from refusal_direction import processes
 from refusal_direction.config import (
@@ -175,19 +175,18 @@ def _some_of(part: type[_Part], arguments: argparse.Namespace) -> _Part:
     return part(**{field.name: getattr(arguments, field.name) for field in fields(part)})
 
 
-def _sample_sizes_from_environment(defaults: Config) -> Config:
+def _sample_sizes_from_environment(defaults: Config, flags: Sequence[str]) -> Config:
     """VLM_N_TRAIN and VLM_N_VAL stand for --n_train and --n_val where those are not given."""
-    n_train, n_val = (
-        _whole_number(f"VLM_{name.upper()}", getattr(defaults.prompts, name)) for name in ("n_train", "n_val")
-    )
-    return replace(defaults, prompts=replace(defaults.prompts, n_train=n_train, n_val=n_val))
-
-
-def _whole_number(variable: str, default: int) -> int:
-    value = os.environ.get(variable, str(default))
-    if not value.isdecimal() or int(value) < 1:
-        raise ConfigurationError(f"{variable}={value}: must be a whole number of at least 1.")
-    return int(value)
+    given = {flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in flags}
+    sizes: dict[str, Any] = {}
+    for name, variable in (("n_train", "VLM_N_TRAIN"), ("n_val", "VLM_N_VAL")):
+        value = os.environ.get(variable)
+        if name in given or not value:
+            continue
+        if not value.isdecimal() or int(value) < 1:
+            raise ConfigurationError(f"{variable}={value}: must be a whole number of at least 1.")
+        sizes[name] = int(value)
+    return replace(defaults, prompts=replace(defaults.prompts, **sizes))
 
 
 @contextmanager
@@ -262,6 +261,13 @@ def _set_up_memory() -> None:
     keep_few_kernels()
 
 
+def _open_output() -> None:
+    """Where a stream was closed before we began, what goes there goes nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # for as long as we run
+
+
 def _set_up_output() -> None:
     """Only what concerns the user: our warnings, and no bars of the libraries where output is no terminal."""
     for stream in (sys.stdout, sys.stderr):
@@ -316,10 +322,11 @@ def _finished(config: Config) -> set[tuple[Path, int]]:
 def _main(argv: Sequence[str] | None, defaults: Config) -> int:
     config: Config | None = None
     before: set[tuple[Path, int]] = set()
+    _open_output()
     try:
-        if defaults.rules.images:
-            defaults = _sample_sizes_from_environment(defaults)
         task, flags = _task(sys.argv[1:] if argv is None else argv)
+        if defaults.rules.images:
+            defaults = _sample_sizes_from_environment(defaults, flags)
         config = config_from(parser(defaults).parse_args(flags), defaults.rules)
         before = _finished(config)
         _set_up_output()

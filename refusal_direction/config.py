@@ -180,7 +180,7 @@ class Config:
 
     def __post_init__(self) -> None:
         _at_least_one(batch_size=self.batch_size, memory_budget=self.memory_budget)
-        if isinstance(self.refusal_tokens, str):
+        if isinstance(self.refusal_tokens, str | int):
             raise ConfigurationError(f"refusal_tokens: give a tuple of tokens, as ({self.refusal_tokens!r},).")
         if self.refusal_tokens and self.calibrate_refusal:
             raise ConfigurationError("--refusal_tokens and --calibrate_refusal exclude each other: give one.")

@@ -6,6 +6,7 @@ means, u its unit vector, x an activation of the residual stream.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,6 +40,12 @@ def unit(r: Float[Tensor, "*site d_model"]) -> Float[Tensor, "*site d_model"]:
     return (wide / (wide.norm(dim=-1, keepdim=True) + 1e-8)).to(r.dtype)
 
 
+def _in_own_dtype(x: Tensor) -> AbstractContextManager[object]:
+    """Within the context products are computed in x's dtype, also where the caller has torch.autocast lower it."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
 def ablate(
     x: Float[Tensor, "row token d_model"], u: Float[Tensor, "row d_model"] | Float[Tensor, "d_model"]
 ) -> Float[Tensor, "row token d_model"]:
@@ -49,8 +56,9 @@ def ablate(
 
     Raises ValueError where u has another number of rows than x.
     """
-    once = _ablated_once(x, u)
-    return _ablated_once(once, u) if x.dtype.itemsize < torch.float32.itemsize else once
+    with _in_own_dtype(x):
+        once = _ablated_once(x, u)
+        return _ablated_once(once, u) if x.dtype.itemsize < torch.float32.itemsize else once
 
 
 def _ablated_once(x: Tensor, u: Tensor) -> Tensor:
@@ -84,6 +92,7 @@ def share_along(x: Float[Tensor, "row token d_model"], u: Float[Tensor, "row d_m
     """
     x, u = x.float(), u.float().to(x.device)
     length = u.norm(dim=-1, keepdim=True)
-    along = torch.bmm(x, (u / length.clamp_min(1e-30)).unsqueeze(-1)).squeeze(-1).abs()
+    with _in_own_dtype(x):
+        along = torch.bmm(x, (u / length.clamp_min(1e-30)).unsqueeze(-1)).squeeze(-1).abs()
     share = along / x.norm(dim=-1).clamp_min(1e-30) - (1 - length**2).abs()
     return float(share.nan_to_num(0.0).clamp_min(0.0).max())

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -121,7 +121,7 @@ def extract(
     *,
     prompts: PromptSets | None = None,
     progress: Progress | None = None,
-    unfinished: Path | None = None,
+    unfinished: str | Path | None = None,
 ) -> Extraction:
     """Find the refusal direction of a chat model.
 
@@ -138,13 +138,13 @@ def extract(
     config, chat = _resolve(model, config)
     given = chat is not None
     search_name(config)  # an unknown search is found out before the work
-    with processes.joined(), _recorded_warnings() as warnings, _left_alone(chat):
+    with processes.joined(), _recorded_warnings() as warnings, _left_alone(chat), _in_own_dtype():
         ready = prepare(config, chat=chat, prompts=prompts, progress=progress is not None)
         clock = _Clock(dict(ready.seconds))
         progress = progress or _silent
         chat, prompts, tokens, engine = ready.chat, ready.prompts, ready.tokens, ready.engine
         _check_layers(config, len(engine.stream.layers))
-        store = NOWHERE if unfinished is None else _checkpoints(unfinished, config, ready, given=given)
+        store = NOWHERE if unfinished is None else _checkpoints(Path(unfinished), config, ready, given=given)
         with clock("baseline"):
             baseline = _baseline(ready, progress, store)
             _check_finite(baseline, chat)
@@ -274,6 +274,16 @@ def _left_alone(chat: ChatModel | None) -> Iterator[None]:
             module.training = True
 
 
+@contextmanager
+def _in_own_dtype() -> Iterator[None]:
+    """Within the context the model computes in its own dtype, also where the caller has torch.autocast lower it."""
+    with ExitStack() as contexts:
+        for kind in ("cpu", "cuda", "mps"):
+            if torch.is_autocast_enabled(kind):
+                contexts.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
 class _Recorder(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -309,15 +319,21 @@ class _Clock:
 def _inputs(chat: ChatModel, prompts: PromptSets) -> list[dict[str, Tensor]]:
     """What the model is given for each prompt.
 
-    Raises PromptError where a prompt has more tokens than the model has positions, or a token that it does not have.
+    Raises PromptError where a prompt has more tokens than the model has positions, or does not end in the end-of-instruction
+    tokens; TokenizerError where it has a token that the model does not have.
     """
-    inputs = []
+    inputs, eoi = [], list(chat.eoi_tokens)
     for prompt in prompts.everything:
         inputs.append(chat.inputs(prompt))
         ids = inputs[-1]["input_ids"]
         if ids.shape[1] > chat.most_tokens:
             raise PromptError(
                 f"{prompt.id} has {ids.shape[1]} tokens, but {chat.model_id} takes {chat.most_tokens}. Leave it out, or shorten it."
+            )
+        if eoi and ids[0, -len(eoi) :].tolist() != eoi:
+            raise PromptError(
+                f"The end of {prompt.id} and what the chat template puts after it become tokens together, so that it lacks the end-"
+                "of-instruction tokens of the others. Take white space off its end, or leave it out."
             )
         if int(ids.max()) >= chat.model.get_input_embeddings().num_embeddings:
             raise TokenizerError(
@@ -346,7 +362,7 @@ def _check_finite(baseline: Baseline, chat: ChatModel) -> None:
 
 def _tokens(config: Config, chat: ChatModel, prompts: PromptSets) -> RefusalTokens:
     if config.calibrate_refusal:
-        return refusal_tokens.calibrated(chat, prompts.harmful_train, config.rules)
+        return refusal_tokens.calibrated(chat, prompts.harmful_train, config.rules, at_once=config.batch_size)
     return refusal_tokens.chosen(chat, config.refusal_tokens, config.rules)
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from textwrap import fill
 from typing import TYPE_CHECKING
 
+import torch
+
 from refusal_direction.artifacts import file_names
 from refusal_direction.engine.interventions import ablated, steered
+from refusal_direction.engine.skeleton import shape_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,12 +21,14 @@ if TYPE_CHECKING:
     from refusal_direction.choice import Choice
     from refusal_direction.config import Config
     from refusal_direction.inspection import Inspection
+    from refusal_direction.models.chat import ChatModel
     from refusal_direction.pipeline import Extraction
     from refusal_direction.prompts.sets import Prompt
 
 __all__ = ["completions", "files", "inspection", "results"]
 
 _SHOWN = 3
+_Intervention = Callable[["Tensor"], AbstractContextManager[object]]
 _WIDTH = 104
 
 
@@ -102,36 +109,51 @@ def files(config: Config) -> str:
 
 
 def completions(extraction: Extraction, max_new_tokens: int = 48) -> str:
-    """Baseline, ablated and steered completions of the first few validation prompts that the filter kept."""
-    chat, direction = extraction.chat, extraction.direction
-    everything = extraction.prompts.everything
-    harmful, harmless = (
-        [everything[index] for index in extraction.kept[name][:_SHOWN]] for name in ("harmful_val", "harmless_val")
-    )
-    with ablated(chat.model, direction.vector):
-        without = chat.complete(harmful, max_new_tokens)
-    with steered(chat.model, direction.vector, layer=direction.layer):
-        added = chat.complete(harmless, max_new_tokens)
-    return "\n".join(
-        [
-            *_side_by_side("Harmful", harmful, chat.complete(harmful, max_new_tokens), "ablated", without),
-            *_side_by_side("Harmless", harmless, chat.complete(harmless, max_new_tokens), "steered", added),
-        ]
-    )
+    """Baseline, ablated and steered completions of a few validation prompts that the filter kept."""
+    model, direction = extraction.chat.model, extraction.direction
+    ablating = _compared(extraction, "harmful", partial(ablated, model), max_new_tokens)
+    steering = _compared(extraction, "harmless", partial(steered, model, layer=direction.layer), max_new_tokens)
+    return "\n".join([*_side_by_side("Harmful", "ablated", ablating), *_side_by_side("Harmless", "steered", steering)])
 
 
-def _side_by_side(
-    kind: str, prompts: Sequence[Prompt], before: Sequence[str], name: str, after: Sequence[str]
-) -> list[str]:
-    lines = []
-    for prompt, plain, changed in zip(prompts, before, after, strict=True):
-        lines += [
-            f"{kind}: {prompt.text}" + (f" (image {prompt.id})" if prompt.image else ""),
-            f"  baseline: {plain.strip()}",
-            f"  {name}:  {changed.strip()}",
-            "",
-        ]
-    return lines
+def _compared(
+    extraction: Extraction, kind: str, intervention: _Intervention, max_new_tokens: int
+) -> Iterator[tuple[Prompt, str, str]]:
+    """A few prompts of a kind, each with its completion as it is, and under the intervention.
+
+    The two are rows of one batch where --batch_size allows it: weights that do not fit into memory are read anew for each
+    token of each batch.
+    """
+    chat, vector = extraction.chat, extraction.direction.vector
+    kept = [extraction.prompts.everything[index] for index in extraction.kept[f"{kind}_val"]]
+    for alike in _few_alike(chat, kept):
+        rows = [(prompt, strength) for prompt in alike for strength in (0.0, 1.0)]
+        at_once = extraction.config.batch_size or len(rows)
+        replies: list[str] = []
+        for begin in range(0, len(rows), at_once):
+            some = rows[begin : begin + at_once]
+            with intervention(torch.stack([strength * vector for _, strength in some])):
+                replies += chat.complete([prompt for prompt, _ in some], max_new_tokens)
+        yield from zip(alike, replies[::2], replies[1::2], strict=True)
+
+
+def _few_alike(chat: ChatModel, prompts: Sequence[Prompt]) -> list[list[Prompt]]:
+    """A few of the prompts, in as few groups of one length as there can be."""
+    by_shape: dict[object, list[Prompt]] = {}
+    for prompt in prompts:
+        by_shape.setdefault(shape_of(chat.inputs(prompt)), []).append(prompt)
+    chosen: list[list[Prompt]] = []
+    left = _SHOWN
+    for alike in sorted(by_shape.values(), key=lambda alike: -min(len(alike), _SHOWN)):
+        chosen += [alike[:left]] if left else []
+        left -= len(alike[:left])
+    return chosen
+
+
+def _side_by_side(kind: str, name: str, compared: Iterable[tuple[Prompt, str, str]]) -> Iterator[str]:
+    for prompt, plain, changed in compared:
+        yield f"{kind}: {prompt.text}" + (f" (image {prompt.id})" if prompt.image else "")
+        yield from (f"  baseline: {plain.strip()}", f"  {name}:  {changed.strip()}", "")
 
 
 def inspection(found: Inspection) -> str:

@@ -314,7 +314,7 @@ def _explanation(
     misses = "\nThe nearest misses:\n" + "\n".join(lines) if lines else ""
     return (
         f"None of {count} candidates passes every condition: {by_reason}. No direction in this model both carries refusal "
-        f"and leaves harmless behaviour alone, by these thresholds. Nothing was written.{misses}"
+        f"and leaves harmless behaviour alone, by these thresholds. No results were written.{misses}"
     )
 
 

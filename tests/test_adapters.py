@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from refusal_direction import demo, load_chat_model
 from refusal_direction.config import ModelSource
-from refusal_direction.engine.interventions import ResidualStream
+from refusal_direction.engine.interventions import ResidualStream, ablated, intervened, steered
 from refusal_direction.errors import ConfigurationError, ModelAccessError, UnsupportedModelError
 from refusal_direction.models import adapters
 from tests.families import D_MODEL, FAMILIES, build
@@ -145,3 +145,39 @@ def test_a_folder_without_an_adapter_says_what_is_needed(name: str, tmp_path: Pa
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelAccessError, match="adapter_config.json|neither a folder here nor an adapter"):
         adapters.add_adapter(build(FAMILIES["llama"]), str(tmp_path / name))
+
+
+@needs_peft
+def test_what_peft_wraps_is_the_same_model_to_interventions():
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    wrapped = get_peft_model(build(FAMILIES["llama"]), LoraConfig(r=4, target_modules="all-linear"))
+    base, (u, v), ids = wrapped.get_base_model(), torch.randn(2, D_MODEL), torch.tensor([[5, 6, 7, 8]])
+    with steered(wrapped, u, layer=1):
+        assert intervened(base)
+    assert not intervened(base)
+    with torch.no_grad():
+        plain = wrapped(ids).logits
+        with ablated(wrapped, u), ablated(base, v):
+            mixed = wrapped(ids).logits
+        with ablated(base, u), ablated(base, v):
+            expected = wrapped(ids).logits
+    assert torch.allclose(mixed, expected, atol=1e-5)
+    assert not torch.allclose(mixed, plain, atol=1e-2)  # control
+
+
+@needs_peft
+def test_an_adapter_without_weights_is_explained(tmp_path: Path):
+    folder = lora(build(FAMILIES["llama"]), tmp_path)[0]
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(ModelAccessError, match=r"has no weights: an adapter's are in adapter_model\.safetensors"):
+        adapters.add_adapter(build(FAMILIES["llama"]), str(folder))
+
+
+@needs_peft
+@pytest.mark.parametrize("config", [{"peft_type": "FOO"}, {}], ids=["unknown", "none"])
+def test_a_kind_of_adapter_that_peft_does_not_know_is_explained(config: dict[str, str], tmp_path: Path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelAccessError, match="names no kind of adapter that peft .* knows"):
+        adapters.add_adapter(build(FAMILIES["llama"]), str(tmp_path))

@@ -1,16 +1,24 @@
 """Requests become tokens through the model's own template; refusal tokens come from where they should."""
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import GPT2Config, GPT2LMHeadModel
+from PIL import Image
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from refusal_direction import ChatModel
 from refusal_direction.config import VISION
-from refusal_direction.errors import ChatTemplateError, RefusalTokenError, TokenizerError
+from refusal_direction.errors import (
+    ChatTemplateError,
+    OutOfMemoryError,
+    PromptError,
+    RefusalTokenError,
+    TokenizerError,
+)
 from refusal_direction.models import refusal_tokens
 from refusal_direction.models.refusal_tokens import Mass, RefusalTokens
 from refusal_direction.prompts import Prompt
@@ -44,6 +52,12 @@ def test_a_completion_ends_where_the_model_has_no_more_positions(chat: ChatModel
     length = len(short.encode("Paint a wall"))
     (reply,) = short.generate("Paint a wall", max_new_tokens=50)
     assert 1 < len(reply) == 20 - length + 1 < 50
+
+
+def test_a_prompt_that_leaves_no_position_for_a_reply_is_an_error(chat: ChatModel):
+    config = GPT2Config(vocab_size=len(chat.tokenizer), n_embd=8, n_layer=1, n_head=2, n_positions=5)
+    with pytest.raises(PromptError, match=r"A prompt has \d+ tokens, but demo takes 5"):
+        replace(chat, model=GPT2LMHeadModel(config).eval()).complete("Paint a wall")
 
 
 def test_the_beginning_of_sequence_token_is_not_doubled(chat: ChatModel):
@@ -85,7 +99,58 @@ def test_completions_do_not_depend_on_which_requests_run_together(chat: ChatMode
 
 
 def test_a_single_request_gets_a_single_completion(chat: ChatModel):
+    assert chat.complete(Prompt("a", "Paint a wall"), 8) == chat.complete(["Paint a wall"], 8)
     assert chat.complete("Paint a wall", 8) == chat.complete(["Paint a wall"], 8)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_beams": 4},
+        {"repetition_penalty": 1.5},
+        {"suppress_tokens": [46]},
+        {"return_dict_in_generate": True},
+        {"num_beams": 2, "num_return_sequences": 2},
+        {"do_sample": True, "temperature": 5.0},
+        {"stop_strings": ["."]},
+        {"min_length": 40},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_completions_are_greedy_whatever_else_the_models_settings_say(
+    settings: dict[str, object], chat: ChatModel, harmful: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    expected = chat.complete(harmful[:8], 12)
+    config = GenerationConfig(**{**chat.model.generation_config.to_dict(), **settings})
+    monkeypatch.setattr(chat.model, "generation_config", config)
+    assert chat.complete(harmful[:8], 12) == expected
+    assert chat.model.generation_config is config
+
+
+def test_so_many_prompts_are_completed_at_once(chat: ChatModel):
+    rows: list[int] = []
+    handle = chat.model.model.layers[0].register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(args[0] if args else kwargs["hidden_states"])), with_kwargs=True
+    )
+    together, apart = (chat.generate(["Paint a wall"] * 5, 3, at_once=count) for count in (None, 2))
+    handle.remove()
+    assert together == apart
+    assert set(rows[: len(rows) // 4]) == {5}
+    assert max(rows[-3:]) <= 2
+
+
+def test_running_out_of_memory_while_completing_is_explained(chat: ChatModel, monkeypatch: pytest.MonkeyPatch):
+    def full(*args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(type(chat.model), "generate", full)
+    with pytest.raises(OutOfMemoryError, match="while 2 prompts were completed at once. Lower --batch_size"):
+        chat.complete(["Paint a wall", "Paint a wall"])
+
+
+def test_a_prompt_with_an_image_is_not_for_a_text_model(chat: ChatModel):
+    with pytest.raises(PromptError, match="'a' has an image, but demo was loaded for text"):
+        chat.complete(Prompt("a", "What is this?", Image.new("RGB", (4, 4))))
 
 
 def test_gemma_refuses_with_the_published_token(chat: ChatModel):
@@ -193,6 +258,13 @@ def test_tokens_as_likely_on_harmless_prompts_as_on_harmful_ones_are_always_doub
 def test_a_refusal_token_outside_the_vocabulary_is_explained(chat: ChatModel, token: str, said: str):
     with pytest.raises(RefusalTokenError, match=said):
         refusal_tokens.chosen(chat, (token,))
+
+
+def test_a_token_that_the_tokenizer_knows_and_the_model_does_not_is_explained(chat: ChatModel):
+    more = copy.deepcopy(chat.tokenizer)
+    more.add_tokens(["REFUSE"])
+    with pytest.raises(RefusalTokenError, match="are not in the vocabulary of demo"):
+        refusal_tokens.chosen(replace(chat, tokenizer=more), ("REFUSE",))
 
 
 def test_calibration_finds_how_the_model_refuses(chat: ChatModel, harmful: list[str]):

@@ -238,7 +238,9 @@ def test_with_other_free_memory_rows_that_are_finished_are_not_run_again(
 ) -> None:
     """Passes are then cut elsewhere."""
     problem, ran, own = make_problem(), [], Engine.intervene
-    monkeypatch.setattr(Engine, "intervene", lambda self, rows, *args: (ran.extend(rows), own(self, rows, *args))[1])
+    monkeypatch.setattr(
+        Engine, "intervene", lambda self, rows, *args, **named: (ran.extend(rows), own(self, rows, *args, **named))[1]
+    )
     expected = solve(small_parts(), problem).scores
     everything, ran[:] = set(ran), []
     cut = Cut(tmp_path, "run", resume=False)

@@ -281,12 +281,12 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_end(
     runs = 0
     intervene = Engine.intervene
 
-    def counted(self: Engine, *args: Any) -> None:
+    def counted(self: Engine, *args: Any, **named: Any) -> None:
         nonlocal runs
         runs += 1
         if runs == last:
             raise Killed
-        intervene(self, *args)
+        intervene(self, *args, **named)
 
     monkeypatch.setattr(Engine, "intervene", counted)
     last = -1

@@ -4,11 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from refusal_direction import cli, pipeline, sweeps
+from refusal_direction import Extraction, ablated, cli, pipeline, report, steered, sweeps
 from refusal_direction.artifacts import file_names
 from refusal_direction.config import TEXT, UNFINISHED, Config
 from refusal_direction.engine.interventions import ResidualStream
@@ -289,3 +290,33 @@ def test_every_way_of_starting_it_works_and_is_quiet(command: list[str], tmp_pat
     assert (done.returncode, done.stderr) == (0, "")
     assert "Refusal direction of demo" in done.stdout
     assert {path.name for path in tmp_path.iterdir()} == set(file_names(TEXT))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no shell to close it")
+def test_closed_messages_are_no_error(tmp_path: Path):
+    command = [sys.executable, "extract_refusal_direction.py", *FEW, "--output_dir", str(tmp_path)]
+    done = subprocess.run(["sh", "-c", 'exec "$@" 2>&-', "sh", *command], cwd=ROOT, stdout=subprocess.PIPE)
+    assert done.returncode == 0
+    assert b"Ablation refusal score" in done.stdout
+
+
+@pytest.mark.parametrize("batch_size", [None, 1, 4])
+def test_shown_completions_are_those_of_each_prompt_alone(batch_size: int | None, extraction: Extraction):
+    chat, direction = extraction.chat, extraction.direction
+    rows: list[int] = []
+    handle = chat.model.model.layers[0].register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(args[0] if args else kwargs["hidden_states"])), with_kwargs=True
+    )
+    shown = report.completions(replace(extraction, config=replace(extraction.config, batch_size=batch_size)))
+    handle.remove()
+    assert max(rows) == batch_size or (batch_size is None and max(rows) <= 6)
+    triples = [part.splitlines() for part in shown.strip().split("\n\n")]
+    assert len(triples) == 6
+    for request, plain, changed in triples:
+        kind, _, text = request.partition(": ")
+        assert plain == f"  baseline: {chat.complete(text, 48)[0].strip()}"
+        ablating = ablated(chat.model, direction.vector)
+        steering = steered(chat.model, direction.vector, layer=direction.layer)
+        with ablating if kind == "Harmful" else steering:
+            reply = chat.complete(text, 48)[0].strip()
+        assert changed == f"  {'ablated' if kind == 'Harmful' else 'steered'}:  {reply}"

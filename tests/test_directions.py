@@ -230,3 +230,14 @@ def test_ablation_is_exact_where_most_lies_along_the_direction(dtype: torch.dtyp
     left = ablate(x, u if rows else u[0]).double()
     along = (left @ unit(u.double()).unsqueeze(-1)).squeeze(-1).abs() / left.norm(dim=-1)
     assert float(along.max()) <= max(1e-4, torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_autocast_does_not_round_an_ablation(rows: bool) -> None:
+    x, u = torch.randn(3, 20, 64), unit(torch.randn(3, 64))
+    u = u if rows else u[0]
+    expected = ablate(x, u)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (x[0] @ x[0].T).dtype == torch.bfloat16  # control
+        assert torch.equal(ablate(x, u), expected)
+        assert share_along(expected, u.expand(3, -1)) < 1e-6

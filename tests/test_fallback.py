@@ -93,6 +93,34 @@ def test_wrong_layer_major_result_is_noticed_and_replaced(
     assert max(differences(answer, expected, problem).values()) < 1e-4
 
 
+@pytest.mark.parametrize("mask", [torch.finfo(torch.float32).min, -torch.inf], ids=["least number", "minus infinity"])
+def test_tokens_that_a_model_masks_neither_hide_a_wrong_result_nor_make_one(
+    mask: float, problem: Problem, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def masking(module: object, args: object, output: Any) -> Any:
+        output.logits[..., 3] = mask
+        return output
+
+    model = build(FAMILIES["gemma"])
+    model.register_forward_hook(masking)
+    assert solve(engine_of(model, problem), problem).engine.name == "layer-major"
+    assert not caplog.records
+    _branches_from(1.1, monkeypatch)
+    assert solve(engine_of(model, problem), problem).engine.name == "hooked"
+
+
+def test_other_tokens_masked_are_a_wrong_result(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = Skeleton.tail
+
+    def masking(self: Skeleton, hidden: Tensor, token: int) -> Tensor:
+        return own(self, hidden, token).index_fill(-1, torch.tensor([3]), -torch.inf)
+
+    monkeypatch.setattr(Skeleton, "tail", masking)
+    engine = engine_of(build(FAMILIES["gemma"]), problem)
+    engine.baseline(lambda rows, logits: None, lambda *seen: None)
+    assert engine.name == "hooked"
+
+
 def test_fallback_reports_no_more_work_than_announced(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
     _logits_too_large(monkeypatch)
     engine, ticks = engine_of(build(FAMILIES["gemma"]), problem), []

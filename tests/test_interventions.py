@@ -367,3 +367,15 @@ def test_added_directions_for_another_number_of_rows_are_refused() -> None:
     model = build(FAMILIES["llama"])
     with pytest.raises(ValueError, match="2 directions for"), steered(model, direction(rows=2), layer=1):
         model(input_ids=torch.ones(3, 4, dtype=torch.long))
+
+
+def test_what_is_no_model_of_transformers_is_refused() -> None:
+    model = build(FAMILIES["llama"])
+    with (
+        pytest.raises(TypeError, match="not a DataParallel. Give what is inside of it"),
+        ablated(
+            nn.DataParallel(model),  # type: ignore[arg-type]
+            torch.ones(D_MODEL),
+        ),
+    ):
+        pass

@@ -81,7 +81,7 @@ def test_weights_that_were_cut_off_are_explained(tmp_path: Path):
         load_chat_model(str(tmp_path))
 
 
-def changed(folder: Path, **settings: int | str) -> str:
+def changed(folder: Path, **settings: object) -> str:
     path = copied(folder) / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
     return str(folder)
@@ -95,6 +95,21 @@ def test_weights_of_another_shape_are_explained(tmp_path: Path):
 @pytest.mark.parametrize("settings", [{"num_hidden_layers": "7"}, {"hidden_size": "many"}])
 def test_a_configuration_that_makes_no_sense_is_explained(tmp_path: Path, settings: dict[str, int | str]):
     with pytest.raises(ModelAccessError, match=r"config.json of .* cannot be used.*Mend it"):
+        load_chat_model(changed(tmp_path, **settings))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"hidden_act": "foo"},
+        {"rope_parameters": {"rope_type": "foo"}},
+        {"dtype": "float17"},
+        {"num_attention_heads": 0},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_a_configuration_that_transformers_stumbles_over_is_explained(tmp_path: Path, settings: dict[str, object]):
+    with pytest.raises(ModelAccessError, match=r"config\.json"):
         load_chat_model(changed(tmp_path, **settings))
 
 
@@ -144,7 +159,8 @@ def test_a_model_larger_than_memory_is_spread_over_all_there_is(monkeypatch: pyt
     assert loading._placement("auto", cpu, 17 << 30)["device_map"] == "auto"
 
 
-def test_a_template_file_is_read(tmp_path: Path):
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_template_file_is_read(encoding: str, tmp_path: Path):
     path = tmp_path / "template.jinja"
-    path.write_text("{{ messages[0]['content'] }} ->")
+    path.write_text("{{ messages[0]['content'] }} ->", encoding=encoding)
     assert load_chat_model(ModelSource("demo", chat_template=str(path))).render("Hello") == "Hello ->"

@@ -1,5 +1,6 @@
 """The pipeline as a library: settings beside a loaded model, and inputs that cannot be right."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -66,6 +67,32 @@ def test_a_model_that_cannot_be_had_is_found_out_before_prompts_are_fetched(
         with pytest.raises(ModelAccessError):
             extract(model_id, config)
     assert not fetched
+
+
+def test_a_prompt_whose_end_becomes_one_token_with_the_templates_is_refused(chat: ChatModel, extraction: Extraction):
+    """Else the mean at that position would be over other tokens."""
+    merging = copy.deepcopy(chat.tokenizer)
+    merging.add_tokens(["wall\n"])
+    template = "{{ messages[0]['content'] }}\nReply:"
+    odd = replace(chat, tokenizer=merging, chat_template=template)
+    assert odd.text_of(odd.eoi_tokens[0]) == "\n"
+    with pytest.raises(PromptError, match="The end of mine/7 and what the chat template puts after it become tokens"):
+        extract(odd, FEW, prompts=with_prompt(extraction, "Paint a wall"))
+
+
+def test_prompts_without_images_are_not_for_a_vision_language_model():
+    texts = ["Name a colour.", "Paint a wall."]
+    with pytest.raises(PromptError, match="'Name a colour.' has no image, which demo needs"):
+        extract(load_vision_model("demo"), prompts=PromptSets(*[texts] * 4))
+
+
+def test_autocast_around_a_run_changes_nothing(chat: ChatModel, extraction: Extraction):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = extract(chat, extraction.config, prompts=extraction.prompts)
+        lowered = chat.model(torch.arange(5, 9).unsqueeze(0)).logits
+    assert lowered.dtype == torch.bfloat16  # control
+    assert torch.allclose(found.candidates, extraction.candidates, atol=1e-5)
+    assert found.leak < 1e-6
 
 
 @pytest.mark.parametrize("search", ["exhaustive", "pruned"])

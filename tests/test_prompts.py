@@ -37,6 +37,18 @@ def test_every_kind_of_file_gives_its_prompts_in_order(tmp_path: Path, suffix: s
     assert [prompt.id for prompt in prompts] == ["mine/0", "mine/1"]
 
 
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.csv"])
+def test_white_space_around_a_prompt_does_not_count(name: str, tmp_path: Path):
+    """A tokenizer might join it with what the template puts there, and the same prompt would count twice."""
+    content = {
+        "a.json": '["\\n Bake bread\\n"]',
+        "a.jsonl": '{"text": " Bake bread "}',
+        "a.csv": 'text\n" Bake bread\n"\n',
+    }
+    (tmp_path / name).write_text(content[name])
+    assert [prompt.text for prompt in read_prompts(tmp_path / name)] == ["Bake bread"]
+
+
 def test_a_json_list_of_strings_is_a_list_of_prompts(tmp_path: Path):
     path = tmp_path / "mine.json"
     path.write_text('["Bake bread"]')
@@ -126,6 +138,12 @@ def test_sets_are_made_of_strings_too():
     )
     with pytest.raises(PromptError, match="harmless_val: 7 is neither a string nor a Prompt"):
         PromptSets([ours], [ours], [ours], [7])
+
+
+@pytest.mark.parametrize("given", [None, 7, ["\ud800"], [Prompt("a", "half \ud83d")], [3]])
+def test_what_is_no_prompts_is_an_error(given: object):
+    with pytest.raises(PromptError, match="harmful_val: "):
+        PromptSets(["a"], ["b"], given, ["c"])  # type: ignore[arg-type]
 
 
 def test_too_few_prompts_name_the_set_and_the_flag():

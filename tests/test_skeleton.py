@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from refusal_direction.engine.interventions import ResidualStream, ablated
-from refusal_direction.engine.skeleton import Skeleton
+from refusal_direction.engine.skeleton import Skeleton, replaced_forwards
 from refusal_direction.errors import UnsupportedModelError
 from refusal_direction.models.layers import other_blocks
 from tests.families import D_MODEL, FAMILIES, TEXT_FAMILIES, build
+from tests.problems import engine_of, make_problem, solve
 
 Forward = Callable[..., Any]
 
@@ -105,3 +106,46 @@ def test_training_mode_is_refused_where_dropout_is_at_work() -> None:
     model.train()
     with pytest.raises(UnsupportedModelError, match="training mode"), ablated(model, torch.ones(D_MODEL)):
         pass
+
+
+def test_a_layer_that_stands_at_two_places_is_refused_and_the_model_goes_on_running(llama: PreTrainedModel) -> None:
+    layers = list(llama.model.layers)
+    llama.model.layers = nn.ModuleList([*layers[:2], layers[1], *layers[2:]])
+    llama.config.num_hidden_layers += 1
+    ids = torch.arange(5, 9).unsqueeze(0)
+    with torch.no_grad():
+        before = llama(ids, use_cache=False).logits
+        assert "one layer stands at several places of the stack" in refusal(llama)
+        with replaced_forwards(llama.model.layers, lambda index, own: own):
+            pass
+        assert torch.equal(llama(ids, use_cache=False).logits, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "flag", "value"),
+    [
+        ("mixtral", "output_router_logits", True),
+        ("llama", "output_hidden_states", True),
+        ("llama", "output_attentions", True),
+        ("falcon", "return_dict", False),
+    ],
+)
+def test_what_a_model_is_configured_to_put_out_besides_its_logits_does_not_matter(
+    name: str, flag: str, value: bool
+) -> None:
+    problem, model = make_problem(), build(FAMILIES[name])
+    expected = solve(engine_of(model, problem), problem)
+    model = build(FAMILIES[name])
+    model.set_attn_implementation("eager")  # attentions come from nothing else
+    setattr(model.config, flag, value)
+    before, asked = dict(vars(model.config)), []
+    hook = model.register_forward_pre_hook(lambda module, args: asked.append(getattr(module.config, flag)))
+    answer = solve(engine_of(model, problem), problem)
+    hook.remove()
+    assert answer.engine.name == expected.engine.name == "layer-major"
+    assert (answer.scores.ablation - expected.scores.ablation).abs().max() < 1e-4
+    assert (answer.scores.kl - expected.scores.kl).abs().max() < 1e-4
+    assert set(asked) == {not value}  # so that nothing more is kept
+    assert vars(model.config) == before
+    with torch.no_grad(), ablated(model, torch.randn(D_MODEL)):
+        model(torch.arange(5, 9).unsqueeze(0))

@@ -207,16 +207,20 @@ def test_the_environment_sets_the_sample_sizes(run: Run, tmp_path: Path, monkeyp
     assert drawn == {"harmful_train": 5, "harmless_train": 5, "harmful_val": 2, "harmless_val": 2}
 
 
-def test_a_flag_wins_over_the_environment(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLM_N_TRAIN", "1000")
+@pytest.mark.parametrize("overruled", ["1000", "many", ""])
+@pytest.mark.parametrize("flags", [("--n_train", "4"), ("--n-train=4",)])
+def test_a_flag_wins_over_the_environment(
+    overruled: str, flags: tuple[str, ...], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLM_N_TRAIN", overruled)
     monkeypatch.setenv("VLM_N_VAL", "2")
-    assert run(sizes=("--n_train", "4")) == 0
+    assert run(sizes=flags) == 0
     prompts = read(tmp_path, "run.json")["prompts"]
     assert (prompts["harmful_train"]["drawn"], prompts["harmful_val"]["drawn"]) == (4, 2)
 
 
 @pytest.mark.parametrize("variable", ["VLM_N_TRAIN", "VLM_N_VAL"])
-@pytest.mark.parametrize("value", ["0", "-3", "many", "2.5", "", "²"])
+@pytest.mark.parametrize("value", ["0", "-3", "many", "2.5", "²"])
 def test_a_sample_size_that_is_no_positive_number_is_an_error(
     variable: str,
     value: str,

@@ -229,7 +229,7 @@ def replying(monkeypatch: pytest.MonkeyPatch, replies: list[str]) -> list[Prompt
     """The model says these things; returns where the prompts that it is asked will be."""
     asked: list[Prompt] = []
 
-    def generate(self: VisionChatModel, prompts: list[Prompt], max_new_tokens: int) -> list[list[int]]:
+    def generate(self: VisionChatModel, prompts: list[Prompt], max_new_tokens: int, at_once: None) -> list[list[int]]:
         asked.extend(prompts)
         return [self.tokenizer(reply, add_special_tokens=False)["input_ids"] for reply in replies[: len(prompts)]]
 

@@ -3,9 +3,12 @@
 import io
 import json
 import logging
+import struct
+import zlib
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -141,6 +144,27 @@ def test_any_kind_of_image_becomes_rgb_of_reasonable_size(content: bytes, size: 
     assert (shown.mode, shown.size) == ("RGB", size)
 
 
+@pytest.mark.parametrize(("form", "most"), [("uint16", 65535), ("int32", 100_000), ("float32", 1.0)])
+def test_grey_values_of_more_than_a_byte_are_scaled_and_not_cut_off(form: str, most: float):
+    ramp = (np.linspace(0, most, 256)[None].repeat(4, 0)).astype(form)
+    buffer = io.BytesIO()
+    Image.fromarray(ramp).save(buffer, "TIFF")
+    shown = np.asarray(usable(opened(buffer.getvalue())))[0, :, 0].astype(int)
+    assert abs(shown - np.arange(256)).max() <= 1
+
+
+def damaged(length: int) -> bytes:
+    """A PNG whose first chunk says that it is so long, with a right checksum."""
+    chunk = b"IHDR" + picture()[16:29][:length]
+    return picture()[:8] + struct.pack(">I", length) + chunk + struct.pack(">I", zlib.crc32(chunk)) + picture()[33:]
+
+
+def test_a_file_that_pillow_stumbles_over_is_left_out_with_a_count(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    pairs = vision.harmful_pairs(benchmark(tmp_path / "mm", {vision.CATEGORIES[0]: [damaged(13), damaged(5)]}))
+    assert [pair.id for pair in pairs] == ["Illegal_Activitiy/0"]  # control: it would be an image
+    assert "1 of the images of Illegal_Activitiy cannot be shown" in caplog.text
+
+
 def test_an_image_is_turned_upright():
     exif = Image.Exif()
     exif[0x0112] = 6  # rotated by a quarter
@@ -176,7 +200,7 @@ def own(folder: Path, lines: list[object]) -> Path:
 
 def test_a_folder_of_ones_own_is_read_in_order(tmp_path: Path):
     folder = own(
-        tmp_path / "own", [{"file_name": "a.png", "question": "Why?"}, {"file_name": "a.png", "question": "What?"}]
+        tmp_path / "own", [{"file_name": "a.png", "question": "Why?"}, {"file_name": "a.png", "question": " What?\n"}]
     )
     assert [(pair.id, pair.text) for pair in vision.read_folder(folder)] == [("own/0", "Why?"), ("own/1", "What?")]
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from math import inf, isnan
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +19,9 @@ from refusal_direction.engine.residency import resident
 from refusal_direction.engine.rows import Candidates, Kind, Row
 from refusal_direction.engine.skeleton import shape_of
 from refusal_direction.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 __all__ = ["Candidates", "Engine", "Kind", "Row", "Tick", "silent"]
 
@@ -179,8 +184,8 @@ class Engine:
             [*rows, branch], consume=watch, candidates=nothing, observe=observe, tick=tick, witness=witness
         )
         assert testimony is not None, "the first pass ran without its witness"
-        off = torch.stack([logits.to(testimony) - testimony for logits in seen]).abs().max()
-        return float(off / testimony.abs().max())  # NaN stays NaN, and is no agreement
+        theirs = testimony.cpu()
+        return max(_distance(logits.to(theirs), theirs) for logits in seen)
 
     def intervene(self, rows: Sequence[Row], candidates: Candidates, consume: Consume, *, tick: Tick = silent) -> None:
         """Run rows under the interventions of the candidates.
@@ -210,6 +215,20 @@ class Engine:
     def work(self, rows: Sequence[Row], candidates: Candidates) -> int:
         """The number of (row, layer) pairs that `intervene` will report."""
         return sum(self.depth(row, candidates) for row in rows)
+
+
+def _distance(ours: Float[Tensor, "vocab"], theirs: Float[Tensor, "vocab"]) -> float:
+    """The largest difference of logits, relative to the largest; infinite where one is not a number.
+
+    Tokens that the model never gives, which it masks by the least number or minus infinity, must be the same ones.
+    """
+    least = torch.finfo(theirs.dtype).min / 2
+    masked = theirs < least
+    kept = theirs[~masked]
+    if not torch.equal(masked, ours < least) or not kept.numel():
+        return inf
+    off = float((ours[~masked] - kept).abs().max() / kept.abs().max())
+    return inf if isnan(off) else off
 
 
 def _at_most(total: int, tick: Tick) -> Tick:

@@ -75,7 +75,7 @@ class Hooked:
                         hooks.enter_context(self._observing(microbatch, observe))
                     inputs = [self.prompts[row.prompt] for row in microbatch]
                     stacked = {name: torch.cat([one[name] for one in inputs]) for name in inputs[0]}
-                    logits = self.stream.skeleton.model(**stacked, use_cache=False).logits[:, -1]
+                    logits = self.stream.skeleton.forward(**stacked).logits[:, -1]
                 consume(microbatch, logits)
                 tick(len(microbatch) * len(self.stream.layers))
 

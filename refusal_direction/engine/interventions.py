@@ -169,9 +169,14 @@ def _ablate_output(site: WriteSite, u: Tensor) -> Callable[..., Any]:
 def residual_stream(model: PreTrainedModel) -> ResidualStream:
     """The model's residual stream, found at the first call, and anew once layers or dropout are others.
 
-    Raises UnsupportedModelError where it cannot be found.
+    Raises UnsupportedModelError where it cannot be found, TypeError where it is no model of transformers.
     """
-    model = _uncompiled(model)
+    model = _unwrapped(model)
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"A model of transformers is needed, not a {type(model).__name__}. Give what is inside of it: model.module of a "
+            "DataParallel, say."
+        )
     with _finding:
         stream = model.__dict__.get(_STREAM)
         if stream is None or stream.training != model.training or stream.members != tuple(find_layers(model)):
@@ -182,14 +187,15 @@ def residual_stream(model: PreTrainedModel) -> ResidualStream:
     return stream
 
 
-def _uncompiled(model: PreTrainedModel) -> PreTrainedModel:
-    """The model itself, of what `torch.compile(model)` returns."""
-    return getattr(model, "_orig_mod", model)
+def _unwrapped(model: PreTrainedModel) -> PreTrainedModel:
+    """The model itself, of what `torch.compile(model)` or peft returns."""
+    model = getattr(model, "_orig_mod", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def intervened(model: PreTrainedModel) -> bool:
     """Whether a context of `ablated` or `steered` is open on the model."""
-    stream = _uncompiled(model).__dict__.get(_STREAM)
+    stream = _unwrapped(model).__dict__.get(_STREAM)
     return stream is not None and stream.in_force > 0
 
 

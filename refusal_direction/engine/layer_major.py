@@ -240,7 +240,7 @@ class LayerMajor:
             return forward
 
         with replaced_forwards(layers, driving), must_fit():
-            return self.skeleton.model(**self.prompts[prompt], use_cache=False).logits[0, -1]
+            return self.skeleton.forward(**self.prompts[prompt]).logits[0, -1]
 
     def _step(self, lanes: list[Lane], lead: Lane | None, observe: Observe | None, tick: Tick) -> Callable[[int], None]:
         def step(index: int) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from refusal_direction.engine.arguments import map_tensors
 from refusal_direction.engine.residency import outside, resident
@@ -90,6 +90,14 @@ _BROKEN = (AttributeError, IndexError, KeyError, NameError, NotImplementedError,
 """What code raises where it is at fault itself, or lacks an input."""
 
 
+_LOGITS_ALONE = {
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "output_router_logits": False,
+    "return_dict": True,
+}
+
+
 class _Recorded(Exception):
     """Ends a prelude once the last layer's call is known: the final norm and the head are not needed."""
 
@@ -115,9 +123,37 @@ def replaced_forwards(layers: nn.ModuleList, make: Callable[[int, Callable[..., 
         yield
     finally:
         for layer, forward in zip(layers, before, strict=True):
-            layer.__dict__.pop("forward")
+            layer.__dict__.pop("forward", None)
             if forward is not None:
                 layer.__dict__["forward"] = forward
+
+
+@contextmanager
+def _logits_alone(configs: Sequence[PretrainedConfig]) -> Iterator[None]:
+    """Within the context a model's outputs are its logits, whatever its configuration asks for besides.
+
+    Router logits would be looked for where stand-ins run, and hidden states kept of every microbatch.
+    """
+    others = [
+        (config, name, wanted)
+        for config in configs
+        for name, wanted in _LOGITS_ALONE.items()
+        if getattr(config, name, wanted) != wanted
+    ]
+    before = [dict(vars(config)) for config, _, _ in others]
+    try:
+        for config, name, wanted in others:
+            setattr(config, name, wanted)
+        yield
+    finally:
+        for (config, _, _), attributes in zip(others, before, strict=True):
+            vars(config).update(attributes)  # setting some of them is checked against others
+
+
+def _configs(model: PreTrainedModel) -> list[PretrainedConfig]:
+    """Those of all parts of a model."""
+    found = (getattr(module, "config", None) for module in model.modules())
+    return list({id(config): config for config in found if isinstance(config, PretrainedConfig)}.values())
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
@@ -134,7 +170,7 @@ class Skeleton:
             raise UnsupportedModelError(
                 f"{type(model).__name__} has an encoder. The method is defined for decoders alone."
             )
-        self.model = model
+        self.model, self._configs = model, _configs(model)
         self.layers = find_layers(model)
         self.held = ExitStack()
         """Keeps the layers that were called for learning in memory, until `held.close()`."""
@@ -146,6 +182,11 @@ class Skeleton:
     def outer(self) -> Iterator[nn.Module]:
         return outside(self.model, self.layers)
 
+    def forward(self, **inputs: Any) -> Any:
+        """The model's own forward, without a cache, and with no output but the logits."""
+        with _logits_alone(self._configs):
+            return self.model(**inputs, use_cache=False)
+
     @contextmanager
     def explained(self, ids: Int[Tensor, "row token"]) -> Iterator[None]:
         """Where what runs within fails, and so does the model left alone, raise UnsupportedModelError that says so."""
@@ -154,7 +195,7 @@ class Skeleton:
         except _BROKEN:
             try:
                 with torch.no_grad():
-                    self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+                    self.forward(input_ids=ids, attention_mask=torch.ones_like(ids))
             except _BROKEN as error:
                 raise UnsupportedModelError(
                     f"{type(self.model).__name__} does not run in transformers {transformers.__version__} on text alone: its own "
@@ -244,7 +285,7 @@ class Skeleton:
             return record
 
         with replaced_forwards(self.layers, recorder), suppress(_Recorded):
-            self.model(**inputs, use_cache=False)  # no logits_to_keep: Gemma 4 would slice the sequence mid-stack
+            self.forward(**inputs)  # no logits_to_keep: Gemma 4 would slice the sequence mid-stack
         self._check_turn(len(self.layers), len(calls))
         self.d_model = hidden[0].shape[-1]
         return Prelude(hidden[0], tuple(calls))
@@ -281,7 +322,7 @@ class Skeleton:
 
         ids: Int[Tensor, "row 1"] = torch.full((rows, 1), token, device=execution_device(self.model))
         with replaced_forwards(self.layers, stand_in):
-            output = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+            output = self.forward(input_ids=ids, attention_mask=torch.ones_like(ids))
         if getattr(output, "logits", None) is None:
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} gives no logits. Load the model with its head: AutoModelForCausalLM."

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import transformers
 from accelerate.utils.memory import should_reduce_batch_size
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -20,7 +21,7 @@ from safetensors import SafetensorError
 
 from refusal_direction.errors import ModelAccessError, OutOfMemoryError
 
-__all__ = ["access_explained", "fitting"]
+__all__ = ["access_explained", "configuration_explained", "fitting"]
 
 _TRY_DEMO = "To see the tool at work without an account, use --model_id demo."
 
@@ -52,6 +53,19 @@ def fitting(model_id: str, weights: int, device: object) -> Iterator[None]:
             f"The weights of {model_id} (about {weights / 2**30:.1f} GiB) do not fit on {device}. Free memory there, let --device "
             "auto put what does not fit elsewhere, or make them smaller: --dtype bfloat16, --quantization 8bit or 4bit, or "
             "another model."
+        ) from error
+
+
+@contextmanager
+def configuration_explained(model_id: str) -> Iterator[None]:
+    """Explain a config.json that transformers stumbles over: names that it does not know, numbers that cannot be."""
+    try:
+        yield
+    except (KeyError, AttributeError, ArithmeticError) as error:
+        raise ModelAccessError(
+            f"transformers {transformers.__version__} cannot make a model of the config.json of {model_id} "
+            f"({type(error).__name__}: {error}). It may be made for another version, or damaged: get it again, or use another "
+            "version."
         ) from error
 
 

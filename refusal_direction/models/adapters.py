@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
@@ -47,7 +48,7 @@ def add_adapter(model: PreTrainedModel, adapter: str, *, allow_pickle: bool = Fa
             "the adapter into its base model first."
         )
     with access_explained(adapter, adapter=True):
-        config: Any = PeftConfig.from_pretrained(adapter)
+        config: Any = _config(PeftConfig, adapter)
         _check_format(adapter, allow_pickle)
         if config.is_prompt_learning:
             raise UnsupportedModelError(
@@ -66,9 +67,28 @@ def add_adapter(model: PreTrainedModel, adapter: str, *, allow_pickle: bool = Fa
         raise _belongs_elsewhere(adapter, model, f"{len(unplaced)} tensors have no counterpart, as {unplaced[0]}")
 
 
+def _config(known: Any, adapter: str) -> Any:
+    try:
+        config = known.from_pretrained(adapter)
+        if config.peft_type is None:
+            raise KeyError("peft_type")
+        return config
+    except KeyError as error:
+        raise ModelAccessError(
+            f"The adapter_config.json of {adapter} names no kind of adapter that peft {version('peft')} knows ({error}). "
+            "Another version of peft may."
+        ) from error
+
+
 def _check_format(adapter: str, allow_pickle: bool) -> None:
     """peft takes a pickle where there is nothing better; here it must be asked for."""
-    if not allow_pickle and _file(adapter, _SAFE) is None and _file(adapter, _PICKLED) is not None:
+    if _file(adapter, _SAFE) is not None:
+        return
+    if _file(adapter, _PICKLED) is None:
+        raise ModelAccessError(
+            f"{adapter} has no weights: an adapter's are in {_SAFE}. Get it again, or check the network and the spelling."
+        )
+    if not allow_pickle:
         raise ModelAccessError(
             f"{adapter} has no weights in safetensors format, only {_PICKLED}. A pickle can hold code: if you trust its source, "
             "pass --allow_pickle."

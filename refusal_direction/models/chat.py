@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from jinja2 import TemplateError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from refusal_direction.errors import ChatTemplateError, TokenizerError
+from refusal_direction.errors import ChatTemplateError, OutOfMemoryError, PromptError, TokenizerError
 from refusal_direction.models.placement import execution_device
 from refusal_direction.models.templates import closing, pinned, settings
 from refusal_direction.prompts.sets import Prompt
@@ -24,7 +26,7 @@ __all__ = ["SYSTEM_SAMPLE", "ChatModel"]
 
 # They end in different tokens, so what their renderings have in common at the end is the template's.
 _ENDINGS = ("How are you", "Is it 7?", "Name a colour.", "(yes)", "the letter x", "Sing!")
-_GENERATED_TOGETHER = 32
+_AT_ONCE = 32
 _SAMPLE = "The quick brown fox jumps over 13 lazy dogs. Why?"
 SYSTEM_SAMPLE = "Xylophone"
 """A word that no template writes by itself."""
@@ -139,7 +141,14 @@ class ChatModel:
         return len(self.eoi_tokens)
 
     def inputs(self, prompt: Prompt) -> dict[str, Tensor]:
-        """The model's inputs for a prompt: a batch of one, on the model's device."""
+        """The model's inputs for a prompt: a batch of one, on the model's device.
+
+        Raises PromptError where it has an image, which this model would not see.
+        """
+        if prompt.image is not None:
+            raise PromptError(
+                f"The prompt {prompt.id!r} has an image, but {self.model_id} was loaded for text. Load it with load_vision_model."
+            )
         ids = torch.tensor([self.encode(prompt.text)], device=execution_device(self.model))
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
@@ -177,26 +186,39 @@ class ChatModel:
                 "A model folder needs tokenizer.json (or tokenizer.model) and tokenizer_config.json beside the weights."
             )
 
-    def complete(self, prompts: Sequence[Prompt | str] | str, max_new_tokens: int = 32) -> list[str]:
-        """Greedy completions, in order; a list of one for a single request."""
+    def complete(self, prompts: Sequence[Prompt | str] | Prompt | str, max_new_tokens: int = 32) -> list[str]:
+        """Greedy completions, in order; a list of one for a single request.
+
+        Raises PromptError where the model has no position left for a reply.
+        """
         replies = self.generate(prompts, max_new_tokens)
         return [str(text) for text in self.tokenizer.batch_decode(replies, skip_special_tokens=True)]
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[Prompt | str] | str, max_new_tokens: int = 32) -> list[list[int]]:
+    def generate(
+        self,
+        prompts: Sequence[Prompt | str] | Prompt | str,
+        max_new_tokens: int = 32,
+        *,
+        at_once: int | None = None,
+    ) -> list[list[int]]:
         """Token ids of greedy completions, in order, no longer than the model has positions.
 
-        Prompts of equal length share a batch, so nothing is padded.
+        Prompts of equal length share a batch, of at most `at_once` (None: 32), so nothing is padded. Of the model's generation
+        config only the special tokens count: what the model says is measured, without penalties, beams or suppressed tokens.
+
+        Raises PromptError where the model has no position left for a reply, OutOfMemoryError.
         """
-        prompts = [prompts] if isinstance(prompts, str) else prompts
+        at_once = min(at_once or _AT_ONCE, _AT_ONCE)
+        prompts = [prompts] if isinstance(prompts, str | Prompt) else prompts
         inputs = [self.inputs(Prompt("", prompt) if isinstance(prompt, str) else prompt) for prompt in prompts]
         alike: dict[tuple[torch.Size, ...], list[int]] = {}
         for index, tensors in enumerate(inputs):
             alike.setdefault(tuple(tensor.shape for tensor in tensors.values()), []).append(index)
         replies: list[list[int]] = [[] for _ in prompts]
         for members in alike.values():
-            for begin in range(0, len(members), _GENERATED_TOGETHER):
-                some = members[begin : begin + _GENERATED_TOGETHER]
+            for begin in range(0, len(members), at_once):
+                some = members[begin : begin + at_once]
                 batch = {name: torch.cat([inputs[index][name] for index in some]) for name in inputs[some[0]]}
                 output = self._generate(batch, max_new_tokens)[:, batch["input_ids"].shape[1] :]
                 for index, reply in zip(some, output.tolist(), strict=True):
@@ -204,14 +226,33 @@ class ChatModel:
         return replies
 
     def _generate(self, batch: dict[str, Tensor], max_new_tokens: int) -> Tensor:
-        pad = self.tokenizer.pad_token_id
-        left = self.most_tokens - batch["input_ids"].shape[1] + 1  # the last token that is made is not read
-        return self.model.generate(
-            **batch,
-            max_new_tokens=max(1, min(max_new_tokens, left)),
-            do_sample=False,
-            top_p=None,
-            top_k=None,
-            temperature=None,
+        length = batch["input_ids"].shape[1]
+        left = self.most_tokens - length + 1  # the last token that is made is not read
+        if left < 1:
+            raise PromptError(
+                f"A prompt has {length} tokens, but {self.model_id} takes {self.most_tokens}. Shorten it."
+            )
+        try:
+            with self._greedy():
+                return self.model.generate(**batch, max_new_tokens=min(max_new_tokens, left))
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            raise OutOfMemoryError(
+                f"Out of memory while {len(batch['input_ids'])} prompts were completed at once. Lower --batch_size, or leave out "
+                "--sanity and --calibrate_refusal."
+            ) from error
+
+    @contextmanager
+    def _greedy(self) -> Iterator[None]:
+        """Within the context the model generates greedily: arguments of `generate` would leave the rest of its own settings."""
+        own, pad = self.model.generation_config, self.tokenizer.pad_token_id
+        self.model.generation_config = GenerationConfig(
+            bos_token_id=own.bos_token_id,
+            eos_token_id=own.eos_token_id,
             pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
         )
+        try:
+            yield
+        finally:
+            self.model.generation_config = own

@@ -24,13 +24,22 @@ def other_blocks(model: PreTrainedModel, layers: nn.ModuleList) -> Iterator[nn.M
     return (module for module in model.modules() if id(module) not in inside and _is_block(module, model))
 
 
+def _distinct(layers: nn.ModuleList, model: PreTrainedModel) -> nn.ModuleList:
+    if len(set(layers)) < len(layers):
+        raise UnsupportedModelError(
+            f"In {type(model).__name__} one layer stands at several places of the stack. A direction belongs to a layer that runs "
+            "once: put a copy of it (copy.deepcopy) at each place."
+        )
+    return layers
+
+
 def find_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The model's decoder layers, in order.
 
     They are the outermost, then longest, ModuleList whose members are transformer blocks, looked for first in the
     text decoder (`get_decoder`), so that a vision tower's layers are never taken for them.
 
-    Raises UnsupportedModelError where there is none.
+    Raises UnsupportedModelError where there is none, or one of them stands there twice.
     """
     for root in (model.get_decoder(), model):
         stacks = [
@@ -39,7 +48,7 @@ def find_layers(model: PreTrainedModel) -> nn.ModuleList:
             if isinstance(module, nn.ModuleList) and any(_is_block(member, model) for member in module)
         ]
         if stacks:
-            return min(stacks, key=lambda stack: stack[:2])[2]
+            return _distinct(min(stacks, key=lambda stack: stack[:2])[2], model)
     raise UnsupportedModelError(
         f"No stack of decoder layers was found in {type(model).__name__}. The method needs a transformer decoder from "
         "the transformers library; if this is one, please report it with the model's id."

@@ -31,7 +31,7 @@ from refusal_direction.config import DEMO_MODEL, Config, ModelSource
 from refusal_direction.demo import vision as demo_vision
 from refusal_direction.errors import ConfigurationError, ModelAccessError
 from refusal_direction.memory import free_bytes
-from refusal_direction.models.access import access_explained, fitting
+from refusal_direction.models.access import access_explained, configuration_explained, fitting
 from refusal_direction.models.adapters import add_adapter, check_peft
 from refusal_direction.models.chat import ChatModel
 from refusal_direction.models.vision import VisionChatModel
@@ -59,7 +59,7 @@ def check_access(source: ModelSource) -> None:
     _check_settings(source)
     _device(source.device)
     if source.model_id != DEMO_MODEL:
-        with access_explained(source.model_id):
+        with access_explained(source.model_id), configuration_explained(source.model_id):
             AutoConfig.from_pretrained(source.model_id, **_origin(source))
 
 
@@ -115,9 +115,10 @@ def _load(source: ModelSource, demo_dir: Path, model_class: Any, tokenizer_class
     path, origin = str(demo_dir) if source.model_id == DEMO_MODEL else source.model_id, _origin(source)
     device = _device(source.device)
     with access_explained(source.model_id):
-        config = AutoConfig.from_pretrained(path, **origin)
+        with configuration_explained(source.model_id):
+            config = AutoConfig.from_pretrained(path, **origin)
+            parameters = _parameters(config, model_class, source)
         tokenizer = tokenizer_class.from_pretrained(path, **origin)
-        parameters = _parameters(config, model_class, source)
     dtype = _dtype(source.dtype, device, parameters)
     settings = {**origin, **_quantization(source, config, dtype)}
     weights = parameters * _BITS.get(source.quantization or "", 8 * dtype.itemsize) // 8
@@ -293,9 +294,9 @@ def _template(given: str | None) -> str | None:
     if given is None:
         return None
     if "{" in given:
-        return given
+        return given.removeprefix("\ufeff")
     try:
-        return Path(given).read_text(encoding="utf-8")
+        return Path(given).expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(
             f"--chat_template {given}: neither a Jinja template (it has no braces) nor a file that can be read."

@@ -139,8 +139,10 @@ def _of_phrases(chat: ChatModel, phrases: Sequence[str], *, whole_words: bool) -
     return _named(chat, list(first.values()), source)
 
 
-def calibrated(chat: ChatModel, harmful: Sequence[Prompt], rules: Rules = TEXT) -> RefusalTokens:
-    """The tokens that begin what the model says to up to 20 harmful prompts.
+def calibrated(
+    chat: ChatModel, harmful: Sequence[Prompt], rules: Rules = TEXT, *, at_once: int | None = None
+) -> RefusalTokens:
+    """The tokens that begin what the model says to up to 20 harmful prompts, completed so many at once.
 
     For text those of at least a tenth of its refusals; for images with text those of at least three tenths of all replies,
     which join the first tokens of the phrases.
@@ -149,20 +151,19 @@ def calibrated(chat: ChatModel, harmful: Sequence[Prompt], rules: Rules = TEXT) 
     """
     prompts = harmful[:_CALIBRATION_PROMPTS]
     special = set(chat.tokenizer.all_special_ids)
-    replies = [
-        [token for token in reply if token not in special] for reply in chat.generate(prompts, max_new_tokens=16)
-    ]
+    said = chat.generate(prompts, max_new_tokens=16, at_once=at_once)
+    replies = [[token for token in reply if token not in special] for reply in said]
     refusals = [reply for reply in replies if reply and is_refusal(str(chat.tokenizer.decode(reply)))]
-    said = f"calibrated on {len(refusals)} refusals of {len(prompts)} harmful prompts"
+    source = f"calibrated on {len(refusals)} refusals of {len(prompts)} harmful prompts"
     if rules.images:
         phrases = [_first_token(chat, phrase) for phrase in VISION_PHRASES]
-        return _named(chat, [*phrases, *_common(replies, _LEAST_SHARE_OF_REPLIES)], said)
+        return _named(chat, [*phrases, *_common(replies, _LEAST_SHARE_OF_REPLIES)], source)
     if not refusals:
         raise RefusalTokenError(
             f"{chat.model_id} refused none of {len(prompts)} harmful prompts, so --calibrate_refusal has nothing to learn "
             "from. Name the tokens that begin its refusals with --refusal_tokens, or use other harmful prompts."
         )
-    return _named(chat, _common(refusals, _LEAST_SHARE_OF_REFUSALS), said)
+    return _named(chat, _common(refusals, _LEAST_SHARE_OF_REFUSALS), source)
 
 
 def _common(replies: Sequence[list[int]], share: float) -> list[int]:
@@ -178,7 +179,7 @@ def _first_token(chat: ChatModel, reply: str) -> int:
 
 def _named(chat: ChatModel, ids: Sequence[int], source: str) -> RefusalTokens:
     distinct = tuple(dict.fromkeys(ids))
-    if chat.tokenizer.unk_token_id in distinct:
+    if chat.tokenizer.unk_token_id in distinct or max(distinct) >= chat.model.config.get_text_config().vocab_size:
         raise RefusalTokenError(
             f"The tokens that begin a refusal ({source}) are not in the vocabulary of {chat.model_id}. Name others with "
             "--refusal_tokens, or find them with --calibrate_refusal."

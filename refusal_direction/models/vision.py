@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 
 from refusal_direction.config import VISION
-from refusal_direction.errors import ChatTemplateError
+from refusal_direction.errors import ChatTemplateError, PromptError
 from refusal_direction.models.chat import SYSTEM_SAMPLE, ChatModel
 from refusal_direction.models.placement import execution_device
 from refusal_direction.models.templates import closing, pinned
@@ -47,8 +47,13 @@ class VisionChatModel(ChatModel):
     def inputs(self, prompt: Prompt) -> dict[str, Tensor]:
         """The processor's tensors for an image and a question: a batch of one, on the model's device, in its dtype.
 
-        Raises ChatTemplateError where the processor has no usable chat template.
+        Raises ChatTemplateError where the processor has no usable chat template, PromptError where there is no image.
         """
+        if prompt.image is None:
+            raise PromptError(
+                f"The prompt {prompt.text[:40]!r} has no image, which {self.model_id} needs: give Prompt(id, text, image). Text "
+                "alone is for load_chat_model."
+            )
         features = self._through_template(prompt) if self._raw_prompt is None else self._raw(self._raw_prompt, prompt)
         device, dtype = execution_device(self.model), self.model.dtype
         return {
@@ -71,9 +76,10 @@ class VisionChatModel(ChatModel):
         return text.replace(token, token.strip("<>|[]")) if token else text
 
     def _through_template(self, prompt: Prompt) -> Any:
-        content: _Content = [{"type": "text", "text": self._plain(prompt.text)}]
-        if prompt.image is not None:
-            content.insert(0, {"type": "image", "image": prompt.image})
+        content: _Content = [
+            {"type": "image", "image": prompt.image},
+            {"type": "text", "text": self._plain(prompt.text)},
+        ]
         template = pinned(self._own_template(), self.thinking).removesuffix("\n")
         end = f"{{{{ {json.dumps(self._closing())} }}}}"
         return self._applied(

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from refusal_direction.errors import PromptFileError
-from refusal_direction.prompts.sets import Prompt
+from refusal_direction.prompts.sets import Prompt, encodable
 
-__all__ = ["encodable", "json_lines", "read_prompts"]
+__all__ = ["json_lines", "read_prompts"]
 
 _KEYS = ("instruction", "prompt", "text")
 _SHAPES = {
@@ -24,7 +24,7 @@ _SHAPES = {
 
 
 def read_prompts(path: str | Path) -> tuple[Prompt, ...]:
-    """The prompts of a file, in order; their ids are the file's stem and their place in it.
+    """The prompts of a file, in order, without white space around them; their ids are the file's stem and their place in it.
 
     Raises PromptFileError, naming the file and the line or entry, where it is missing, empty or malformed.
     """
@@ -55,11 +55,6 @@ def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(_text_of(path).split("\n"), start=1):
         if line.strip():
             yield number, _parsed(path, line, number)
-
-
-def encodable(text: str) -> bool:
-    """Whether it is text: JSON's escapes can also spell half of a character."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _entries(path: Path, text: str) -> Iterator[tuple[str, Any]]:
@@ -118,4 +113,4 @@ def _checked(path: Path, where: str, entry: Any) -> str:
         raise PromptFileError(
             f"{path}: {where} holds half of a surrogate pair, which no text does. Mend its \\u escapes."
         )
-    return entry.strip() if path.suffix == ".txt" else entry
+    return entry.strip()

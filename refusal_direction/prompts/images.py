@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+import struct
 
-__all__ = ["UnusableImageError", "usable"]
+import numpy
+from PIL import Image, ImageOps
+
+__all__ = ["DAMAGED", "UnusableImageError", "usable"]
 
 _MOST_ELONGATED = 100
 """Some processors refuse what is longer."""
@@ -12,7 +15,11 @@ _LONGEST_SIDE = 2048
 """Processors scale further down; this only keeps a 10,000 pixel wide panorama from filling memory."""
 
 
-class UnusableImageError(ValueError):
+DAMAGED = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
+"""What Pillow raises on files that are no whole image."""
+
+
+class UnusableImageError(Exception):
     """The image is truncated, empty, or not an image. Never reaches the user: whoever reads images counts these in a warning."""
 
 
@@ -28,12 +35,25 @@ def usable(image: Image.Image) -> Image.Image:
             raise UnusableImageError(f"it is more than {_MOST_ELONGATED} times as long as wide")
         image.seek(0)
         image.load()
-        upright = ImageOps.exif_transpose(image)
+        upright = _in_bytes(ImageOps.exif_transpose(image))
         if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
             upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright.convert("RGBA"))
         shown = upright.convert("RGB")
         if max(shown.size) > _LONGEST_SIDE:
             shown.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
         return shown
-    except (OSError, SyntaxError, EOFError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except DAMAGED as error:
         raise UnusableImageError(str(error)) from error
+
+
+def _in_bytes(image: Image.Image) -> Image.Image:
+    """Grey values of more than a byte, scaled to one: Pillow would cut them off.
+
+    Of 16 bits by what these can hold; other numbers, which may be anything, by their own least and largest.
+    """
+    if not image.mode.startswith(("I", "F")):
+        return image
+    values = numpy.asarray(image, dtype=numpy.float64)
+    values = numpy.nan_to_num(values, posinf=0.0, neginf=0.0)
+    least, largest = (0, 65535) if image.mode.startswith("I;16") else (values.min(), values.max())
+    return Image.fromarray(numpy.rint((values - least) * (255 / max(largest - least, 1e-30))).astype(numpy.uint8))

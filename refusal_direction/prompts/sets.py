@@ -12,7 +12,7 @@ from refusal_direction.errors import PromptError, TooFewPromptsError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Prompt", "PromptSets", "sample_pools", "sample_splits"]
+__all__ = ["Prompt", "PromptSets", "encodable", "sample_pools", "sample_splits"]
 
 _SETS = ("harmful_train", "harmless_train", "harmful_val", "harmless_val")
 
@@ -61,10 +61,19 @@ class PromptSets:
         return places
 
 
+def encodable(text: str) -> bool:
+    """Whether it is text: Python's strings, and JSON's escapes, can also spell half of a character."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def _prompts(name: str, given: Iterable[Prompt | str]) -> Iterator[Prompt]:
+    if not isinstance(given, Iterable):
+        raise PromptError(f"{name}: {given!r} is no sequence of prompts.")
     for place, one in enumerate([given] if isinstance(given, str) else given):
         if not isinstance(one, Prompt | str):
             raise PromptError(f"{name}: {one!r} is neither a string nor a Prompt.")
+        if not encodable(one if isinstance(one, str) else one.text):
+            raise PromptError(f"{name}: prompt {place} holds half of a surrogate pair, which no text does.")
         yield Prompt(f"{name}/{place}", one) if isinstance(one, str) else one
 
 

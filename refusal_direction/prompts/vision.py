@@ -15,9 +15,9 @@ import datasets
 from PIL import Image, UnidentifiedImageError
 
 from refusal_direction.errors import DownloadError, PromptFileError, TooFewPromptsError
-from refusal_direction.prompts.files import encodable, json_lines
-from refusal_direction.prompts.images import UnusableImageError, usable
-from refusal_direction.prompts.sets import Prompt, PromptSets
+from refusal_direction.prompts.files import json_lines
+from refusal_direction.prompts.images import DAMAGED, UnusableImageError, usable
+from refusal_direction.prompts.sets import Prompt, PromptSets, encodable
 
 __all__ = [
     "CATEGORIES",
@@ -150,7 +150,7 @@ def _opened(raw: dict[str, Any] | None) -> Image.Image:
         return Image.open(io.BytesIO(raw["bytes"]) if raw.get("bytes") is not None else raw["path"])
     except UnidentifiedImageError as error:  # its own words give an address in memory
         raise UnusableImageError("it is no image that is known") from error
-    except (OSError, Image.DecompressionBombError) as error:
+    except DAMAGED as error:
         raise UnusableImageError(str(error)) from error
 
 
@@ -180,7 +180,7 @@ def _own_rows(folder: Path) -> Iterator[tuple[dict[str, Any], str]]:
             raise PromptFileError(f"{metadata}: the question in line {line} is empty, or not text. {_EXPECTED}")
         try:
             path = folder / entry["file_name"]
-            yield {"bytes": path.read_bytes(), "path": str(path)}, entry["question"]
+            yield {"bytes": path.read_bytes(), "path": str(path)}, entry["question"].strip()
         except (OSError, ValueError) as error:
             raise PromptFileError(
                 f"{metadata}: line {line} names {entry['file_name'][:80]!r}, which cannot be read "

@@ -62,6 +62,5 @@ def pairs(split: str) -> tuple[Pair, ...]:
 
 def demo_pairs(kind: str, splits: Sequence[str] = ("train", "val")) -> list[Prompt]:
     """The pairs of a kind in some splits, as prompts; by default the pool that the pipeline draws from."""
-    return [
-        Prompt(pair.id, pair.question, pair.image) for split in splits for pair in pairs(split) if pair.kind == kind
-    ]
+    pool = [pair for split in splits for pair in pairs(split) if pair.kind == kind]
+    return [Prompt(f"{kind}/{number}", pair.question, pair.image) for number, pair in enumerate(pool)]
