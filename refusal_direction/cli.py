@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from refusal_direction import processes
 from refusal_direction.config import (
@@ -152,7 +152,7 @@ def _path(name: str) -> Path:
     """A file or folder; ~ is one's home, also where the shell leaves it as it is."""
     if not name:
         raise argparse.ArgumentTypeError("it is empty: name a file or folder, or leave the flag out")
-    return Path(name).expanduser()
+    return Path(os.path.expanduser(name))  # Path's own fails on ~names that are no user's
 
 
 def _bytes(size: str) -> int:
@@ -175,18 +175,18 @@ def _some_of(part: type[_Part], arguments: argparse.Namespace) -> _Part:
     return part(**{field.name: getattr(arguments, field.name) for field in fields(part)})
 
 
-def _sample_sizes_from_environment(defaults: Config, flags: Sequence[str]) -> Config:
-    """VLM_N_TRAIN and VLM_N_VAL stand for --n_train and --n_val where those are not given."""
-    given = {flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in flags}
-    sizes: dict[str, Any] = {}
-    for name, variable in (("n_train", "VLM_N_TRAIN"), ("n_val", "VLM_N_VAL")):
-        value = os.environ.get(variable)
-        if name in given or not value:
+def _arguments(flags: Sequence[str], defaults: Config) -> argparse.Namespace:
+    """What the flags say. For images VLM_N_TRAIN and VLM_N_VAL stand for --n_train and --n_val where those are not given."""
+    variables = {"n_train": "VLM_N_TRAIN", "n_val": "VLM_N_VAL"} if defaults.rules.images else {}
+    told = {name: os.environ[variable] for name, variable in variables.items() if os.environ.get(variable)}
+    arguments = parser(defaults).parse_args(flags, argparse.Namespace(**told))
+    for name, value in told.items():
+        if getattr(arguments, name) is not value:  # a flag said something else
             continue
         if not value.isdecimal() or int(value) < 1:
-            raise ConfigurationError(f"{variable}={value}: must be a whole number of at least 1.")
-        sizes[name] = int(value)
-    return replace(defaults, prompts=replace(defaults.prompts, **sizes))
+            raise ConfigurationError(f"{variables[name]}={value}: must be a whole number of at least 1.")
+        setattr(arguments, name, int(value))
+    return arguments
 
 
 @contextmanager
@@ -325,9 +325,7 @@ def _main(argv: Sequence[str] | None, defaults: Config) -> int:
     _open_output()
     try:
         task, flags = _task(sys.argv[1:] if argv is None else argv)
-        if defaults.rules.images:
-            defaults = _sample_sizes_from_environment(defaults, flags)
-        config = config_from(parser(defaults).parse_args(flags), defaults.rules)
+        config = config_from(_arguments(flags, defaults), defaults.rules)
         before = _finished(config)
         _set_up_output()
         _set_up_memory()

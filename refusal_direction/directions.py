@@ -6,7 +6,8 @@ means, u its unit vector, x an activation of the residual stream.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-__all__ = ["ablate", "mean_difference", "precise", "promise", "share_along", "unit", "NULL_NORM"]
+__all__ = ["ablate", "in_own_dtype", "mean_difference", "precise", "promise", "share_along", "unit", "NULL_NORM"]
 
 NULL_NORM = 1e-12
 """A candidate shorter than this intervenes nowhere: its ablation scales x by less than one part in 10^8 (see `unit`)."""
@@ -40,10 +41,14 @@ def unit(r: Float[Tensor, "*site d_model"]) -> Float[Tensor, "*site d_model"]:
     return (wide / (wide.norm(dim=-1, keepdim=True) + 1e-8)).to(r.dtype)
 
 
-def _in_own_dtype(x: Tensor) -> AbstractContextManager[object]:
-    """Within the context products are computed in x's dtype, also where the caller has torch.autocast lower it."""
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+@contextmanager
+def in_own_dtype() -> Iterator[None]:
+    """Within the context products are computed in their factors' dtype, also where the caller has torch.autocast lower it."""
+    with ExitStack() as contexts:
+        for kind in ("cpu", "cuda", "mps"):
+            if torch.is_autocast_enabled(kind):
+                contexts.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def ablate(
@@ -56,7 +61,7 @@ def ablate(
 
     Raises ValueError where u has another number of rows than x.
     """
-    with _in_own_dtype(x):
+    with in_own_dtype():
         once = _ablated_once(x, u)
         return _ablated_once(once, u) if x.dtype.itemsize < torch.float32.itemsize else once
 
@@ -92,7 +97,7 @@ def share_along(x: Float[Tensor, "row token d_model"], u: Float[Tensor, "row d_m
     """
     x, u = x.float(), u.float().to(x.device)
     length = u.norm(dim=-1, keepdim=True)
-    with _in_own_dtype(x):
+    with in_own_dtype():
         along = torch.bmm(x, (u / length.clamp_min(1e-30)).unsqueeze(-1)).squeeze(-1).abs()
     share = along / x.norm(dim=-1).clamp_min(1e-30) - (1 - length**2).abs()
     return float(share.nan_to_num(0.0).clamp_min(0.0).max())

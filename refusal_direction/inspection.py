@@ -20,6 +20,7 @@ from torch import Tensor
 
 from refusal_direction.choice import search_name
 from refusal_direction.config import Config
+from refusal_direction.directions import in_own_dtype
 from refusal_direction.engine import Candidates, Engine, Kind, Row
 from refusal_direction.memory import peak_bytes
 from refusal_direction.metrics import Measure, kl_divergence, refusal_score
@@ -75,6 +76,7 @@ class Inspection:
         return self.chat.n_positions * self.n_layers
 
 
+@in_own_dtype()
 def inspect(config: Config) -> Inspection:
     """Load the model, look at it, and time a few rows.
 

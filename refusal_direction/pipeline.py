@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ from refusal_direction import prompts as prompt_sources
 from refusal_direction.checkpoints import Checkpoints, fingerprint
 from refusal_direction.choice import Choice, choose, search_name
 from refusal_direction.config import VISION_CONFIG, Config
-from refusal_direction.directions import mean_difference
+from refusal_direction.directions import in_own_dtype, mean_difference
 from refusal_direction.engine import Engine
 from refusal_direction.engine.interventions import ResidualStream, eagerly, intervened
 from refusal_direction.errors import (
@@ -138,7 +138,7 @@ def extract(
     config, chat = _resolve(model, config)
     given = chat is not None
     search_name(config)  # an unknown search is found out before the work
-    with processes.joined(), _recorded_warnings() as warnings, _left_alone(chat), _in_own_dtype():
+    with processes.joined(), _recorded_warnings() as warnings, _left_alone(chat), in_own_dtype():
         ready = prepare(config, chat=chat, prompts=prompts, progress=progress is not None)
         clock = _Clock(dict(ready.seconds))
         progress = progress or _silent
@@ -272,16 +272,6 @@ def _left_alone(chat: ChatModel | None) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-@contextmanager
-def _in_own_dtype() -> Iterator[None]:
-    """Within the context the model computes in its own dtype, also where the caller has torch.autocast lower it."""
-    with ExitStack() as contexts:
-        for kind in ("cpu", "cuda", "mps"):
-            if torch.is_autocast_enabled(kind):
-                contexts.enter_context(torch.autocast(kind, enabled=False))
-        yield
 
 
 class _Recorder(logging.Handler):

@@ -127,6 +127,21 @@ def test_completions_are_greedy_whatever_else_the_models_settings_say(
     assert chat.model.generation_config is config
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_model_whose_cache_does_not_work_completes_without(
+    cached: bool, chat: ChatModel, monkeypatch: pytest.MonkeyPatch
+):
+    lengths: list[int] = []
+    handle = chat.model.model.layers[0].register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append((args[0] if args else kwargs["hidden_states"]).shape[1]),
+        with_kwargs=True,
+    )
+    monkeypatch.setattr(chat.model.generation_config, "use_cache", cached)
+    chat.complete("Paint a wall", 3)
+    handle.remove()
+    assert lengths[1] == (1 if cached else lengths[0] + 1)
+
+
 def test_so_many_prompts_are_completed_at_once(chat: ChatModel):
     rows: list[int] = []
     handle = chat.model.model.layers[0].register_forward_pre_hook(

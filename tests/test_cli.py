@@ -173,6 +173,12 @@ def test_a_home_folder_may_be_written_as_a_tilde(tmp_path: Path, monkeypatch: py
     assert (tmp_path / "results" / "refusal_direction.pt").is_file()
 
 
+def test_a_tilde_that_is_nobodys_home_is_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*FEW, "--output_dir", "~nobody-here"]) == 0
+    assert (tmp_path / "~nobody-here" / "run.json").is_file()
+
+
 @pytest.mark.parametrize("flag", ["--output_dir", "--data_dir", "--harmful"])
 def test_an_empty_name_is_no_path(
     flag: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -93,7 +93,7 @@ def test_wrong_layer_major_result_is_noticed_and_replaced(
     assert max(differences(answer, expected, problem).values()) < 1e-4
 
 
-@pytest.mark.parametrize("mask", [torch.finfo(torch.float32).min, -torch.inf], ids=["least number", "minus infinity"])
+@pytest.mark.parametrize("mask", [torch.finfo(torch.float32).min, -65504.0, -1e9, -torch.inf])
 def test_tokens_that_a_model_masks_neither_hide_a_wrong_result_nor_make_one(
     mask: float, problem: Problem, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

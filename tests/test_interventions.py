@@ -379,3 +379,13 @@ def test_what_is_no_model_of_transformers_is_refused() -> None:
         ),
     ):
         pass
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "falcon", "granite", "phi"])
+def test_autocast_does_not_hide_where_a_stream_is_written(name: str) -> None:
+    """Rounded to half precision a layer's output is no sum of its parts."""
+    model, r, ids = build(FAMILIES[name]), torch.randn(D_MODEL), torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        plain = model(ids, use_cache=False).logits
+        with ablated(model, r):
+            assert not torch.allclose(model(ids, use_cache=False).logits, plain, atol=0.1)

@@ -105,6 +105,8 @@ def test_a_configuration_that_makes_no_sense_is_explained(tmp_path: Path, settin
         {"rope_parameters": {"rope_type": "foo"}},
         {"dtype": "float17"},
         {"num_attention_heads": 0},
+        {"vocab_size": -5},
+        {"pad_token_id": 10**9},
     ],
     ids=lambda settings: next(iter(settings)),
 )

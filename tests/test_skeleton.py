@@ -121,6 +121,15 @@ def test_a_layer_that_stands_at_two_places_is_refused_and_the_model_goes_on_runn
         assert torch.equal(llama(ids, use_cache=False).logits, before)
 
 
+def test_a_configuration_class_that_asks_for_more_stays_as_it_is(llama: PreTrainedModel) -> None:
+    """As code that comes with a model may have it."""
+    llama.config.__class__ = type("Chatty", (type(llama.config),), {"output_router_logits": True})
+    before = dict(vars(llama.config))
+    ResidualStream(llama)
+    assert vars(llama.config) == before
+    assert llama.config.output_router_logits is True
+
+
 @pytest.mark.parametrize(
     ("name", "flag", "value"),
     [

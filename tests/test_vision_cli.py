@@ -208,7 +208,7 @@ def test_the_environment_sets_the_sample_sizes(run: Run, tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize("overruled", ["1000", "many", ""])
-@pytest.mark.parametrize("flags", [("--n_train", "4"), ("--n-train=4",)])
+@pytest.mark.parametrize("flags", [("--n_train", "4"), ("--n-train=4",), ("--n_tr", "4")])
 def test_a_flag_wins_over_the_environment(
     overruled: str, flags: tuple[str, ...], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,6 +217,13 @@ def test_a_flag_wins_over_the_environment(
     assert run(sizes=flags) == 0
     prompts = read(tmp_path, "run.json")["prompts"]
     assert (prompts["harmful_train"]["drawn"], prompts["harmful_val"]["drawn"]) == (4, 2)
+
+
+def test_help_is_given_whatever_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLM_N_TRAIN", "many")
+    with pytest.raises(SystemExit) as ended:
+        cli.main_vlm(["--help"])
+    assert ended.value.code == 0
 
 
 @pytest.mark.parametrize("variable", ["VLM_N_TRAIN", "VLM_N_VAL"])

@@ -144,13 +144,22 @@ def test_any_kind_of_image_becomes_rgb_of_reasonable_size(content: bytes, size: 
     assert (shown.mode, shown.size) == ("RGB", size)
 
 
-@pytest.mark.parametrize(("form", "most"), [("uint16", 65535), ("int32", 100_000), ("float32", 1.0)])
+@pytest.mark.parametrize(
+    ("form", "most"),
+    [("uint16", 65535), ("int32", 255), ("int32", 65535), ("int32", 100_000), ("float32", 1.0), ("float32", 255.0)],
+)
 def test_grey_values_of_more_than_a_byte_are_scaled_and_not_cut_off(form: str, most: float):
     ramp = (np.linspace(0, most, 256)[None].repeat(4, 0)).astype(form)
     buffer = io.BytesIO()
     Image.fromarray(ramp).save(buffer, "TIFF")
     shown = np.asarray(usable(opened(buffer.getvalue())))[0, :, 0].astype(int)
     assert abs(shown - np.arange(256)).max() <= 1
+
+
+@pytest.mark.parametrize(("mode", "white"), [("I", 255), ("I", 65535), ("F", 1.0)])
+def test_an_image_of_one_grey_keeps_it(mode: str, white: float):
+    assert usable(Image.new(mode, (8, 8), white)).getpixel((0, 0)) == (255, 255, 255)
+    assert usable(Image.new(mode, (8, 8), 0)).getpixel((0, 0)) == (0, 0, 0)
 
 
 def damaged(length: int) -> bytes:

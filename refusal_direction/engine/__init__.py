@@ -27,6 +27,8 @@ __all__ = ["Candidates", "Engine", "Kind", "Row", "Tick", "silent"]
 
 log = logging.getLogger(__name__)
 
+_NEVER = 1e3
+
 
 class Engine:
     """Runs prompts through a model, as they are and under interventions.
@@ -184,7 +186,7 @@ class Engine:
             [*rows, branch], consume=watch, candidates=nothing, observe=observe, tick=tick, witness=witness
         )
         assert testimony is not None, "the first pass ran without its witness"
-        theirs = testimony.cpu()
+        theirs = testimony.cpu().float()
         return max(_distance(logits.to(theirs), theirs) for logits in seen)
 
     def intervene(self, rows: Sequence[Row], candidates: Candidates, consume: Consume, *, tick: Tick = silent) -> None:
@@ -220,14 +222,13 @@ class Engine:
 def _distance(ours: Float[Tensor, "vocab"], theirs: Float[Tensor, "vocab"]) -> float:
     """The largest difference of logits, relative to the largest; infinite where one is not a number.
 
-    Tokens that the model never gives, which it masks by the least number or minus infinity, must be the same ones.
+    What is `_NEVER` below the likeliest has no probability in any precision, by whatever number a model masks it.
     """
-    least = torch.finfo(theirs.dtype).min / 2
-    masked = theirs < least
-    kept = theirs[~masked]
-    if not torch.equal(masked, ours < least) or not kept.numel():
+    floor = theirs.max() - _NEVER
+    kept = theirs[theirs > floor]
+    if not kept.numel():
         return inf
-    off = float((ours[~masked] - kept).abs().max() / kept.abs().max())
+    off = float((ours.clamp_min(floor) - theirs.clamp_min(floor)).abs().max() / kept.abs().max())
     return inf if isnan(off) else off
 
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from refusal_direction.directions import ablate, precise, unit
+from refusal_direction.directions import ablate, in_own_dtype, precise, unit
 from refusal_direction.engine.residency import resident
 from refusal_direction.engine.skeleton import Prelude, Skeleton
-from refusal_direction.models.layers import find_layers
+from refusal_direction.models.layers import find_layers, unwrapped
 from refusal_direction.models.placement import execution_device
 from refusal_direction.models.writes import WriteSite, find_writes, in_float32, kind_of
 
@@ -54,12 +54,12 @@ class ResidualStream:
         """How many of the contexts `ablated` and `steered` are open."""
         self._ablated: list[_Ablated] = []  # orthonormal, row by row
         ids = torch.arange(3, 3 + _PROBE_TOKENS, device=execution_device(model)).unsqueeze(0)
-        with resident(*self.skeleton.outer, recurse=False), self.skeleton.explained(ids):
+        with in_own_dtype(), resident(*self.skeleton.outer, recurse=False), self.skeleton.explained(ids):
             prelude = self.skeleton.prelude({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
             self.skeleton.verify(prelude, ids)
         self.shares_state = any(call.shares_state for call in prelude.calls)
         """Whether layers hand state on to each other besides the stream (Gemma 3n and 4: keys and values)."""
-        with ExitStack() as on_failure:
+        with in_own_dtype(), ExitStack() as on_failure:
             on_failure.callback(self.skeleton.held.close)
             self.writes = self._find_writes(prelude)
             """For each layer, the submodules whose outputs are added to the stream."""
@@ -171,7 +171,7 @@ def residual_stream(model: PreTrainedModel) -> ResidualStream:
 
     Raises UnsupportedModelError where it cannot be found, TypeError where it is no model of transformers.
     """
-    model = _unwrapped(model)
+    model = unwrapped(model)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"A model of transformers is needed, not a {type(model).__name__}. Give what is inside of it: model.module of a "
@@ -187,15 +187,9 @@ def residual_stream(model: PreTrainedModel) -> ResidualStream:
     return stream
 
 
-def _unwrapped(model: PreTrainedModel) -> PreTrainedModel:
-    """The model itself, of what `torch.compile(model)` or peft returns."""
-    model = getattr(model, "_orig_mod", model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def intervened(model: PreTrainedModel) -> bool:
     """Whether a context of `ablated` or `steered` is open on the model."""
-    stream = _unwrapped(model).__dict__.get(_STREAM)
+    stream = unwrapped(model).__dict__.get(_STREAM)
     return stream is not None and stream.in_force > 0
 
 

@@ -147,6 +147,8 @@ def _logits_alone(configs: Sequence[PretrainedConfig]) -> Iterator[None]:
         yield
     finally:
         for (config, _, _), attributes in zip(others, before, strict=True):
+            for added in vars(config).keys() - attributes.keys():
+                delattr(config, added)
             vars(config).update(attributes)  # setting some of them is checked against others
 
 

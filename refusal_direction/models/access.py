@@ -61,7 +61,7 @@ def configuration_explained(model_id: str) -> Iterator[None]:
     """Explain a config.json that transformers stumbles over: names that it does not know, numbers that cannot be."""
     try:
         yield
-    except (KeyError, AttributeError, ArithmeticError) as error:
+    except (KeyError, AttributeError, ArithmeticError, TypeError, RuntimeError, AssertionError) as error:
         raise ModelAccessError(
             f"transformers {transformers.__version__} cannot make a model of the config.json of {model_id} "
             f"({type(error).__name__}: {error}). It may be made for another version, or damaged: get it again, or use another "

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from refusal_direction.errors import ChatTemplateError, OutOfMemoryError, PromptError, TokenizerError
+from refusal_direction.models.layers import unwrapped
 from refusal_direction.models.placement import execution_device
 from refusal_direction.models.templates import closing, pinned, settings
 from refusal_direction.prompts.sets import Prompt
@@ -233,8 +234,7 @@ class ChatModel:
                 f"A prompt has {length} tokens, but {self.model_id} takes {self.most_tokens}. Shorten it."
             )
         try:
-            with self._greedy():
-                return self.model.generate(**batch, max_new_tokens=min(max_new_tokens, left))
+            return self._greedy().generate(**batch, max_new_tokens=min(max_new_tokens, left))
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
@@ -243,16 +243,14 @@ class ChatModel:
                 "--sanity and --calibrate_refusal."
             ) from error
 
-    @contextmanager
-    def _greedy(self) -> Iterator[None]:
-        """Within the context the model generates greedily: arguments of `generate` would leave the rest of its own settings."""
-        own, pad = self.model.generation_config, self.tokenizer.pad_token_id
-        self.model.generation_config = GenerationConfig(
+    def _greedy(self) -> PreTrainedModel:
+        """The same modules with a generation config of their own: `generate` fills what it is not given from the model's."""
+        model = copy(unwrapped(self.model))
+        own, pad = model.generation_config, self.tokenizer.pad_token_id
+        model.generation_config = GenerationConfig(
             bos_token_id=own.bos_token_id,
             eos_token_id=own.eos_token_id,
             pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
+            use_cache=own.use_cache,
         )
-        try:
-            yield
-        finally:
-            self.model.generation_config = own
+        return model

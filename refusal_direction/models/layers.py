@@ -10,7 +10,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from refusal_direction.errors import UnsupportedModelError
 
-__all__ = ["find_layers", "other_blocks"]
+__all__ = ["find_layers", "other_blocks", "unwrapped"]
+
+
+def unwrapped(model: PreTrainedModel) -> PreTrainedModel:
+    """The model itself, of what `torch.compile(model)` or peft returns."""
+    model = getattr(model, "_orig_mod", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _is_block(module: nn.Module, model: PreTrainedModel) -> bool:

@@ -296,7 +296,7 @@ def _template(given: str | None) -> str | None:
     if "{" in given:
         return given.removeprefix("\ufeff")
     try:
-        return Path(given).expanduser().read_text(encoding="utf-8-sig")
+        return Path(os.path.expanduser(given)).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(
             f"--chat_template {given}: neither a Jinja template (it has no braces) nor a file that can be read."

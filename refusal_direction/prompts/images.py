@@ -11,6 +11,8 @@ __all__ = ["DAMAGED", "UnusableImageError", "usable"]
 
 _MOST_ELONGATED = 100
 """Some processors refuse what is longer."""
+_RANGES = {"I": (255, 65535), "F": (1, 255, 65535)}
+"""Of grey values by Pillow's mode."""
 _LONGEST_SIDE = 2048
 """Processors scale further down; this only keeps a 10,000 pixel wide panorama from filling memory."""
 
@@ -49,11 +51,15 @@ def usable(image: Image.Image) -> Image.Image:
 def _in_bytes(image: Image.Image) -> Image.Image:
     """Grey values of more than a byte, scaled to one: Pillow would cut them off.
 
-    Of 16 bits by what these can hold; other numbers, which may be anything, by their own least and largest.
+    By the first of the usual ranges that holds them all; numbers of no usual range by their own least and largest.
     """
-    if not image.mode.startswith(("I", "F")):
+    ranges = _RANGES.get(image.mode.partition(";")[0])
+    if ranges is None:
         return image
-    values = numpy.asarray(image, dtype=numpy.float64)
-    values = numpy.nan_to_num(values, posinf=0.0, neginf=0.0)
-    least, largest = (0, 65535) if image.mode.startswith("I;16") else (values.min(), values.max())
-    return Image.fromarray(numpy.rint((values - least) * (255 / max(largest - least, 1e-30))).astype(numpy.uint8))
+    values = numpy.nan_to_num(numpy.asarray(image, dtype=numpy.float64), posinf=0.0, neginf=0.0)
+    least, largest = float(values.min()), float(values.max())
+    full = 65535 if image.mode.startswith("I;16") else next((full for full in ranges if largest <= full), None)
+    if full is not None and least >= 0:
+        least, largest = 0.0, float(full)
+    shown = (values - least) * (255 / max(largest - least, 1e-30))
+    return Image.fromarray(numpy.rint(shown).astype(numpy.uint8))
