@@ -6,6 +6,8 @@
     load_chat_model    weights, tokenizer and template of a chat model
     load_vision_model  weights and processor of a vision-language model
     load_direction     what an earlier run found
+    Config             every setting of a run
+    PromptSets         prompts of one's own
 
 Importing the package is cheap: torch is loaded when one of these is first used.
 """
@@ -17,16 +19,20 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from refusal_direction.artifacts import load_direction
+    from refusal_direction.config import Config
     from refusal_direction.engine.interventions import ablated, steered
     from refusal_direction.errors import RefusalDirectionError
     from refusal_direction.models.chat import ChatModel
     from refusal_direction.models.loading import load_chat_model, load_vision_model
     from refusal_direction.pipeline import Direction, Extraction, extract
+    from refusal_direction.prompts.sets import PromptSets
 
 __all__ = [
     "ChatModel",
+    "Config",
     "Direction",
     "Extraction",
+    "PromptSets",
     "RefusalDirectionError",
     "ablated",
     "extract",
@@ -38,8 +44,10 @@ __all__ = [
 
 _HOMES = {
     "ChatModel": "models.chat",
+    "Config": "config",
     "Direction": "pipeline",
     "Extraction": "pipeline",
+    "PromptSets": "prompts.sets",
     "RefusalDirectionError": "errors",
     "ablated": "engine.interventions",
     "extract": "pipeline",

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 __all__ = ["config_from", "main", "main_vlm", "parser"]
 
+_A_MINUTE = 60.0
+
 _DESCRIPTION = """\
 Find the direction in the residual stream that carries refusal in a chat model (Arditi et al., NeurIPS 2024), score every
 candidate, and write the best with its scores. Try: --model_id demo. Before a long run, `inspect MODEL` with the same flags
@@ -193,10 +195,20 @@ def _arguments(flags: Sequence[str], defaults: Config) -> argparse.Namespace:
 def _bar(description: str, total: int) -> Iterator[Callable[[int], object]]:
     from tqdm import tqdm
 
-    with tqdm(
-        total=total, desc=description, unit=" row-layers", unit_scale=True, disable=not sys.stderr.isatty()
-    ) as bar:
+    how = (
+        {} if sys.stderr.isatty() else {"file": _Lines(), "mininterval": _A_MINUTE, "delay": _A_MINUTE, "leave": False}
+    )
+    with tqdm(total=total, desc=description, unit=" row-layers", unit_scale=True, **how) as bar:
         yield bar.update
+
+
+class _Lines(io.TextIOBase):
+    """Where output is no terminal: a line, now and then, in place of a bar that is drawn anew."""
+
+    def write(self, text: str) -> int:
+        if line := text.strip("\r\n "):
+            print(line, file=sys.stderr, flush=True)
+        return len(text)
 
 
 def _show(text: str) -> None:
@@ -270,6 +282,8 @@ def _open_output() -> None:
 
 def _set_up_output() -> None:
     """Only what concerns the user: our warnings, and no bars of the libraries where output is no terminal."""
+    if sys.stderr.isatty() and processes.rank() == 0:
+        print("Loading torch and transformers ...", file=sys.stderr, flush=True)  # some seconds
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that knows no ± is no reason to lose the table

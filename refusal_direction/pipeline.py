@@ -78,7 +78,7 @@ class Extraction:
     """What probability the tokens hold on "harmful" and on "harmless" prompts."""
     baseline: Baseline = field(repr=False)
     candidates: Float[Tensor, "position layer d_model"] = field(repr=False)
-    choice: Choice
+    choice: Choice = field(repr=False)
     """Which candidate was chosen, and the scores that it was chosen by."""
     engine: str
     """Which engine ran."""
@@ -90,6 +90,12 @@ class Extraction:
     """Wall time of each stage."""
     peak_memory: int
     """Most memory held at once, in bytes."""
+
+    def __str__(self) -> str:
+        """The table that the command prints."""
+        from refusal_direction.report import results
+
+        return results(self)
 
     @property
     def scores(self) -> Scores:
@@ -204,6 +210,8 @@ def prepare(
         progress: whether downloads show bars.
     """
     clock = _Clock()
+    if not isinstance(prompts, PromptSets | None):
+        raise PromptError(f"prompts must be PromptSets(harmful_train=..., ...), not a {type(prompts).__name__}.")
     if chat is None:
         with clock("model"):
             check_access(config.model)
@@ -237,6 +245,11 @@ def _resolve(model: str | os.PathLike[str] | ChatModel, config: Config | None) -
 
     Raises ConfigurationError where the configuration is for models of the other kind.
     """
+    if not isinstance(model, str | os.PathLike | ChatModel):
+        raise ConfigurationError(
+            f"extract needs a chat model or a model's id, not a {type(model).__name__}. Load it by load_chat_model or "
+            "load_vision_model, or make a ChatModel(model, tokenizer, model_id)."
+        )
     if isinstance(model, str | os.PathLike):
         config = Config() if config is None else config
         return replace(config, model=replace(config.model, model_id=str(model))), None

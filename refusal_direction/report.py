@@ -66,8 +66,26 @@ def results(extraction: Extraction) -> str:
     title = (
         f"Refusal direction of {extraction.chat.model_id}: position {chosen.score.position}, layer {chosen.score.layer}"
     )
-    lines += ["", _refusal_tokens(extraction), *_effort(extraction.choice), *_ties(extraction.choice)]
+    lines += [
+        *_shortcomings(extraction),
+        "",
+        _refusal_tokens(extraction),
+        *_effort(extraction.choice),
+        *_ties(extraction.choice),
+    ]
     return "\n".join([f"{title} (of {n_layers} layers)", "", *lines])
+
+
+def _shortcomings(extraction: Extraction) -> list[str]:
+    """Where conditions were dropped because no candidate met them (images with text): that the chosen one fails them."""
+    score, thresholds = extraction.selection.score, extraction.config.thresholds
+    harmless = extraction.baseline.refusal[extraction.kept["harmless_val"]]
+    floor = thresholds.induce + (float(harmless.mean()) if extraction.config.rules.relative_steering else 0.0)
+    failed = [f"its KL is above {thresholds.kl:g}"] if score.kl_div > thresholds.kl else []
+    failed += [f"its steering score is below {floor:.2f}"] if score.steering_refusal < floor else []
+    if not failed:
+        return []
+    return ["", f"No candidate meets every condition. This one may not carry refusal at all: {', and '.join(failed)}."]
 
 
 def _refusal_tokens(extraction: Extraction) -> str:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from refusal_direction import cli
-from refusal_direction.engine import Engine, Row
+from refusal_direction.engine import Engine, Row, budget
 from refusal_direction.engine.interventions import ResidualStream
 from refusal_direction.errors import ConfigurationError
 from tests.families import FAMILIES, build
@@ -29,13 +29,30 @@ def test_a_tight_budget_takes_more_passes_and_gives_the_same_scores() -> None:
     assert torch.allclose(found.scores.kl, expected.scores.kl, atol=1e-6)
 
 
+def test_a_long_pass_is_cut_so_that_little_is_lost_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = make_problem()
+    rows = [Row(prompt) for prompt in range(len(problem.inputs))]
+    whole = engine_with(None, problem)
+    weights = sum(weight.numel() for weight in whole.stream.layers.parameters())
+    a_row = 2 * weights * max(inputs["input_ids"].shape[1] for inputs in problem.inputs)
+    monkeypatch.setattr(budget, "_OPERATIONS", {"cpu": 3 * a_row})
+    cut = engine_with(None, problem)
+    parts = list(cut.parts(rows))
+    assert [row for part in parts for row in part] == rows
+    assert len(list(whole.parts(rows))) == 1 < len(parts)
+    assert all(len(part) >= 3 for part in parts[:-1])
+    found, expected = solve(cut, problem), solve(whole, problem)
+    assert torch.allclose(found.scores.ablation, expected.scores.ablation, atol=1e-5)
+    assert torch.allclose(found.scores.steering, expected.scores.steering, atol=1e-5)
+
+
 def test_hidden_states_microbatch_and_logits_fit_into_the_budget_together() -> None:
     problem = make_problem()
     for memory in (1 << 20, 4 << 20, 16 << 20):
-        budget = engine_with(memory, problem).budget
-        widest, vocab = 64, budget._model.config.vocab_size
-        microbatch = budget._tokens * 8 * widest * 4
-        assert budget.hidden_bytes + microbatch + budget._logit_rows * 40 * vocab <= memory
+        limits = engine_with(memory, problem).budget
+        widest, vocab = 64, limits._model.config.vocab_size
+        microbatch = limits._tokens * 8 * widest * 4
+        assert limits.hidden_bytes + microbatch + limits._logit_rows * 40 * vocab <= memory
 
 
 def test_what_the_caller_keeps_is_taken_off() -> None:

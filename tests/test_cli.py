@@ -60,6 +60,18 @@ def test_a_run_writes_its_files_and_prints_the_table(capsys: pytest.CaptureFixtu
     assert shown.err == ""
 
 
+def test_a_log_file_gets_a_line_now_and_then(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Within the first minute none: the test above sees no line at all."""
+    monkeypatch.setattr(cli, "_A_MINUTE", 0.0)
+    assert run(output=tmp_path) == 0
+    lines = capsys.readouterr().err.split("\n")
+    assert all(line.startswith(("Sweep 1: baseline:", "Sweep 2: interventions:")) for line in lines if line)
+    assert len({line.partition(":")[0] for line in lines if line}) == 2
+    assert not any("\r" in line for line in lines)
+
+
 def test_the_batch_size_does_not_change_the_scores(tmp_path: Path):
     assert run(output=tmp_path / "free") == 0
     assert run("--batch_size", "3", output=tmp_path / "small") == 0

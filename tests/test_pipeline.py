@@ -16,6 +16,7 @@ from refusal_direction import (
     load_chat_model,
     load_vision_model,
     pipeline,
+    report,
     steered,
 )
 from refusal_direction.config import VISION_CONFIG, Config, ModelSource, PromptSource, Thresholds
@@ -84,6 +85,18 @@ def test_prompts_without_images_are_not_for_a_vision_language_model():
     texts = ["Name a colour.", "Paint a wall."]
     with pytest.raises(PromptError, match="'Name a colour.' has no image, which demo needs"):
         extract(load_vision_model("demo"), prompts=PromptSets(*[texts] * 4))
+
+
+def test_what_is_no_chat_model_or_no_prompts_is_explained(chat: ChatModel):
+    with pytest.raises(ConfigurationError, match="not a GemmaForCausalLM. Load it by load_chat_model"):
+        extract(chat.model)  # type: ignore[arg-type]
+    with pytest.raises(PromptError, match=r"prompts must be PromptSets\(harmful_train=..., ...\), not a list"):
+        extract(chat, prompts=[["a"]] * 4)  # type: ignore[arg-type]
+
+
+def test_a_result_is_shown_as_its_table(extraction: Extraction):
+    assert str(extraction) == report.results(extraction)
+    assert len(repr(extraction)) < 3000
 
 
 def test_autocast_around_a_run_changes_nothing(chat: ChatModel, extraction: Extraction):

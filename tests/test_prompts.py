@@ -37,6 +37,26 @@ def test_every_kind_of_file_gives_its_prompts_in_order(tmp_path: Path, suffix: s
     assert [prompt.id for prompt in prompts] == ["mine/0", "mine/1"]
 
 
+@pytest.mark.parametrize("header", ["goal,target", "Behavior,n", " Prompt ,Instructions", "id,TEXT"])
+def test_the_names_that_data_sets_have_for_a_prompt_are_known(header: str, tmp_path: Path):
+    row = {
+        name: "Bake bread" if name.strip().lower() in ("goal", "behavior", "prompt", "text") else "x"
+        for name in header.split(",")
+    }
+    (tmp_path / "a.csv").write_text(f"{header}\n{','.join(row.values())}\n")
+    (tmp_path / "a.json").write_text(json.dumps([row]))
+    for name in ("a.csv", "a.json"):
+        assert [prompt.text for prompt in read_prompts(tmp_path / name)] == ["Bake bread"]
+
+
+def test_other_names_are_said(tmp_path: Path):
+    (tmp_path / "a.csv").write_text("id;prompt\n1;Bake bread\n")
+    with pytest.raises(
+        PromptFileError, match="has no 'instruction' .nor prompt, .*, but 'id;prompt'. Expected cells with commas"
+    ):
+        read_prompts(tmp_path / "a.csv")
+
+
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.csv"])
 def test_white_space_around_a_prompt_does_not_count(name: str, tmp_path: Path):
     """A tokenizer might join it with what the template puts there, and the same prompt would count twice."""

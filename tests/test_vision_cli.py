@@ -168,7 +168,9 @@ def test_an_exhaustive_search_scores_every_candidate_alike(run: Run, tmp_path: P
 
 def test_what_was_relaxed_is_said_and_recorded(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--kl_threshold", "-1", "--induce_threshold", "50") == 0
-    said = [line.removeprefix("Warning: ") for line in capsys.readouterr().err.splitlines()]
+    shown = capsys.readouterr()
+    assert "This one may not carry refusal at all: its KL is above -1, and its steering score is below " in shown.out
+    said = [line.removeprefix("Warning: ") for line in shown.err.splitlines()]
     assert len(said) == 3
     assert f"Warning: {said[0]}".startswith(DOUBT)
     assert said[1].startswith("No candidate has a KL of -1 or less below layer 3")
@@ -182,7 +184,8 @@ def test_a_run_that_relaxes_nothing_warns_of_nothing(
 ) -> None:
     monkeypatch.setattr(refusal_tokens, "doubt", lambda *args, **kinds: None)
     assert run("--kl_threshold", "100", "--induce_threshold", "-50") == 0
-    assert capsys.readouterr().err == ""
+    shown = capsys.readouterr()
+    assert (shown.err, "may not carry refusal" in shown.out) == ("", False)
     assert read(tmp_path, "direction_metadata_vlm.json")["warnings"] == []
 
 

@@ -28,6 +28,10 @@ _BLOCKED_TOKENS = 1536  # laying out weights takes as long as a product of two h
 _DEVICE_TOKENS = 16384  # enough to fill a large GPU; more only costs memory
 _HIDDEN_BYTES = 512 << 20  # where weights stay in memory, more rows under way save nothing
 _LOGIT_BYTES = 256 << 20
+_OPERATIONS = {"cpu": 1e14, "mps": 3e15}
+"""That a pass may take, by the kind of device: what an interruption costs is ten minutes of two cores, two of a large GPU."""
+_DEVICE_OPERATIONS = 5e16
+_TIMES_OFFLOADED = 4  # each pass reads the weights
 
 
 class Budget:
@@ -81,9 +85,17 @@ class Budget:
         self._tokens = min(most, max(1, int(0.2 * memory) // a_token))
         self._logit_rows = max(1, min(1024, min(_LOGIT_BYTES, int(0.2 * memory)) // a_row_of_logits))
         most_hidden = memory // 3 if is_offloaded(self._model) else min(memory // 4, _HIDDEN_BYTES)
-        self.hidden_bytes = most_hidden if self._memory is None else memory // 2
+        most_hidden = most_hidden if self._memory is None else memory // 2
+        self.hidden_bytes = min(most_hidden, self._bytes_of_a_pass(device))
         if device.type == "cpu":
             keep_freed(self._tokens * a_token)
+
+    def _bytes_of_a_pass(self, device: torch.device) -> int:
+        """The hidden states of as many rows as are worth keeping when they are through (`--resume`)."""
+        operations = _OPERATIONS.get(device.type, _DEVICE_OPERATIONS)
+        operations *= _TIMES_OFFLOADED if is_offloaded(self._model) else 1
+        tokens = operations / (2 * sum(weight.numel() for weight in self._layers.parameters()))
+        return int(tokens * self._model.get_input_embeddings().weight.shape[-1] * self._model.dtype.itemsize)
 
     def _set_aside_blocks(self, memory: int) -> int:
         """What of this memory goes to a layer in blocks (`BlockedWeights`): all it needs where that is little, else nothing."""

@@ -174,8 +174,8 @@ def residual_stream(model: PreTrainedModel) -> ResidualStream:
     model = unwrapped(model)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
-            f"A model of transformers is needed, not a {type(model).__name__}. Give what is inside of it: model.module of a "
-            "DataParallel, say."
+            f"A model of transformers is needed, not a {type(model).__name__}. Give what is inside of it: chat.model of a "
+            "ChatModel, wrapper.module of a DataParallel."
         )
     with _finding:
         stream = model.__dict__.get(_STREAM)

@@ -14,11 +14,12 @@ from refusal_direction.prompts.sets import Prompt, encodable
 
 __all__ = ["json_lines", "read_prompts"]
 
-_KEYS = ("instruction", "prompt", "text")
+_KEYS = ("instruction", "prompt", "text", "goal", "behavior")
+"""What data sets call a prompt, in any case; the first that is there counts."""
 _SHAPES = {
     ".json": 'a list of strings, or of objects with an "instruction"',
     ".jsonl": 'one JSON object with an "instruction" a line',
-    ".csv": "a header line with a column named instruction",
+    ".csv": "cells with commas between them, and a header line with a column named instruction",
     ".txt": "one prompt a line",
 }
 
@@ -103,9 +104,13 @@ def _parsed(path: Path, text: str, line: int) -> Any:
 def _checked(path: Path, where: str, entry: Any) -> str:
     """The prompt's text, whatever it is wrapped in."""
     if isinstance(entry, dict):
-        named = [entry[key] for key in _KEYS if key in entry]
+        lowered = {str(key).strip().lower(): value for key, value in entry.items()}
+        named = [lowered[key] for key in _KEYS if key in lowered]
         if not named:
-            raise PromptFileError(f"{path}: {where} has no 'instruction'. Expected {_SHAPES[path.suffix]}.")
+            raise PromptFileError(
+                f"{path}: {where} has no 'instruction' (nor {', '.join(_KEYS[1:])}), but {', '.join(map(repr, entry)) or 'nothing'}. "
+                f"Expected {_SHAPES[path.suffix]}."
+            )
         entry = named[0]
     if not isinstance(entry, str) or not entry.strip():
         raise PromptFileError(f"{path}: {where} is empty or not text. Expected {_SHAPES[path.suffix]}.")

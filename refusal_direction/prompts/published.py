@@ -78,8 +78,8 @@ def _download(url: str, path: Path, digest: str, progress: bool) -> None:
             problem.__cause__ = error
         except OSError as error:  # URLError is one
             problem = DownloadError(
-                f"{url} could not be downloaded ({error}). Check the network, copy the file to {path} by hand, pass "
-                "your own prompts with --harmful and --harmless, or try --model_id demo, which needs no download."
+                f"{url} could not be downloaded ({error}). Check the network, copy the file to {path} by hand, name "
+                "the folder that has the four splits with --data_dir, pass your own prompts with --harmful and --harmless, or try --model_id demo, which needs no download."
             )
             problem.__cause__ = error
         if attempt == _TRIES:

@@ -117,6 +117,6 @@ def sample_pools(
     for name, pool in (("harmful", harmful), ("harmless", harmless)):
         distinct = list({prompt.text: prompt for prompt in pool}.values())
         file = f"the {name} prompt file" + (", counted without repetitions," if len(distinct) < len(pool) else "")
-        both = _draw(rng, distinct, n_train + n_val, file, "--n_train or --n_val")
+        both = _draw(rng, distinct, n_train + n_val, file, f"--n_train ({n_train}) or --n_val ({n_val})")
         drawn[f"{name}_train"], drawn[f"{name}_val"] = both[:n_train], both[n_train:]
     return PromptSets(**drawn)
