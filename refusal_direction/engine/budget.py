@@ -28,10 +28,11 @@ _BLOCKED_TOKENS = 1536  # laying out weights takes as long as a product of two h
 _DEVICE_TOKENS = 16384  # enough to fill a large GPU; more only costs memory
 _HIDDEN_BYTES = 512 << 20  # where weights stay in memory, more rows under way save nothing
 _LOGIT_BYTES = 256 << 20
-_OPERATIONS = {"cpu": 1e14, "mps": 3e15}
-"""That a pass may take, by the kind of device: what an interruption costs is ten minutes of two cores, two of a large GPU."""
+_OPERATIONS = {"cpu": 3e14, "mps": 3e15}
+"""That a pass may take, by the kind of device: an interruption costs half an hour of two cores, two minutes of a large GPU.
+Much shorter passes would run many a baseline row anew, for steered rows to branch off."""
 _DEVICE_OPERATIONS = 5e16
-_TIMES_OFFLOADED = 4  # each pass reads the weights
+_TIMES_OFFLOADED = 2  # each pass reads the weights
 
 
 class Budget:
