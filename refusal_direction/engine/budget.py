@@ -30,7 +30,7 @@ _HIDDEN_BYTES = 512 << 20  # where weights stay in memory, more rows under way s
 _LOGIT_BYTES = 256 << 20
 _OPERATIONS = {"cpu": 3e14, "mps": 3e15}
 """That a pass may take, by the kind of device: an interruption costs half an hour of two cores, two minutes of a large GPU.
-Much shorter passes would run many a baseline row anew, for steered rows to branch off."""
+Shorter passes have too few rows of a length to fill microbatches, and run baseline rows anew, for steered ones to branch off."""
 _DEVICE_OPERATIONS = 5e16
 _TIMES_OFFLOADED = 2  # each pass reads the weights
 
