@@ -354,7 +354,9 @@ def _main(argv: Sequence[str] | None, defaults: Config) -> int:
             )
         return 2
     except KeyboardInterrupt:
-        kept = " The passes that were through are kept: --resume goes on from there." if _resumable(config, before) else ""
+        kept = (
+            " The passes that were through are kept: --resume goes on from there." if _resumable(config, before) else ""
+        )
         print(
             f"\nInterrupted. Results are written whole or not at all; those of earlier runs are untouched.{kept}",
             file=sys.stderr,
