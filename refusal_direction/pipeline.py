@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -37,6 +36,7 @@ from refusal_direction.models.placement import execution_device
 from refusal_direction.models.refusal_tokens import Mass, RefusalTokens
 from refusal_direction.models.vision import VisionChatModel
 from refusal_direction.prompts.sets import PromptSets
+from refusal_direction.records import Clock, recorded_warnings
 from refusal_direction.scoring import Baseline, Scores, Setting, baseline_bytes, measure_baseline
 from refusal_direction.selection import CandidateScore, Selection, keep_fitting, layer_limit
 from refusal_direction.store import NOWHERE, Store
@@ -144,9 +144,9 @@ def extract(
     config, chat = _resolve(model, config)
     given = chat is not None
     search_name(config)  # an unknown search is found out before the work
-    with processes.joined(), _recorded_warnings() as warnings, _left_alone(chat), in_own_dtype():
+    with processes.joined(), recorded_warnings() as warnings, _left_alone(chat), in_own_dtype():
         ready = prepare(config, chat=chat, prompts=prompts, progress=progress is not None)
-        clock = _Clock(dict(ready.seconds))
+        clock = Clock(dict(ready.seconds))
         progress = progress or _silent
         chat, prompts, tokens, engine = ready.chat, ready.prompts, ready.tokens, ready.engine
         _check_layers(config, len(engine.stream.layers))
@@ -209,7 +209,7 @@ def prepare(
         prompts: the prompts, likewise.
         progress: whether downloads show bars.
     """
-    clock = _Clock()
+    clock = Clock()
     if not isinstance(prompts, PromptSets | None):
         raise PromptError(f"prompts must be PromptSets(harmful_train=..., ...), not a {type(prompts).__name__}.")
     if chat is None:
@@ -285,38 +285,6 @@ def _left_alone(chat: ChatModel | None) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-class _Recorder(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.messages.append(record.getMessage())
-
-
-@contextmanager
-def _recorded_warnings() -> Iterator[list[str]]:
-    """Collects what the package warns of, so that results can say so too."""
-    recorder = _Recorder()
-    logger = logging.getLogger("refusal_direction")
-    logger.addHandler(recorder)
-    try:
-        yield recorder.messages
-    finally:
-        logger.removeHandler(recorder)
-
-
-class _Clock:
-    def __init__(self, seconds: dict[str, float] | None = None) -> None:
-        self.seconds = {} if seconds is None else seconds
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        begin = time.perf_counter()
-        yield
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begin
 
 
 def _inputs(chat: ChatModel, prompts: PromptSets) -> list[dict[str, Tensor]]:

@@ -68,16 +68,16 @@ def add_adapter(model: PreTrainedModel, adapter: str, *, allow_pickle: bool = Fa
 
 
 def _config(known: Any, adapter: str) -> Any:
+    unknown = ModelAccessError(
+        f"The adapter_config.json of {adapter} names no kind of adapter that peft {version('peft')} knows. Another version may."
+    )
     try:
         config = known.from_pretrained(adapter)
-        if config.peft_type is None:
-            raise KeyError("peft_type")
-        return config
     except KeyError as error:
-        raise ModelAccessError(
-            f"The adapter_config.json of {adapter} names no kind of adapter that peft {version('peft')} knows ({error}). "
-            "Another version of peft may."
-        ) from error
+        raise unknown from error
+    if config.peft_type is None:
+        raise unknown
+    return config
 
 
 def _check_format(adapter: str, allow_pickle: bool) -> None:
