@@ -7,7 +7,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-from refusal_direction.engine.products import keep_few_kernels
+from refusal_direction.engine.shortcuts.products import keep_few_kernels
 from refusal_direction.errors import RefusalDirectionError
 
 

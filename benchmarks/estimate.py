@@ -19,9 +19,9 @@ from scoring import random_gemma, tokenizer_for
 
 from refusal_direction.config import DEMO_MODEL, VISION_CONFIG, Config, ModelSource, PromptSource
 from refusal_direction.errors import NoCandidateError
-from refusal_direction.inspection import inspect
-from refusal_direction.memory import peak_bytes
+from refusal_direction.estimate import inspect
 from refusal_direction.pipeline import extract
+from refusal_direction.runtime.memory import peak_bytes
 
 
 def large(folder: Path, options: argparse.Namespace) -> Config:

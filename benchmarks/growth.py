@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 from transformers import GemmaConfig, GemmaForCausalLM
 
-from refusal_direction.engine import Candidates, Engine
+from refusal_direction.candidates import CandidateLabel, Candidates
+from refusal_direction.engine import Engine
 from refusal_direction.engine.interventions import ResidualStream
-from refusal_direction.scoring import intervention_rows
+from refusal_direction.scoring.scores import intervention_rows
 
 TIMES = (1, 2, 4)
 BASE = {"prompts": 8, "candidates": 16, "layers": 4}
@@ -46,7 +47,9 @@ def case(prompts: int, candidates: int, layers: int) -> tuple[Engine, Candidates
     engine = Engine(ResidualStream(gemma(layers)), inputs, observed_tokens=5)
     engine.baseline(lambda rows, logits: None, lambda layer, rows, hidden: None)
     vectors = torch.randn(candidates, 256, generator=generator)
-    return engine, Candidates(vectors, tuple(index % layers for index in range(candidates)))
+    return engine, Candidates(
+        vectors, tuple(CandidateLabel("random", index % layers, seed=index) for index in range(candidates))
+    )
 
 
 def seconds(engine: Engine, candidates: Candidates) -> float:

@@ -17,9 +17,15 @@ from scoring import random_gemma
 
 from refusal_direction.engine import Engine
 from refusal_direction.engine.interventions import ResidualStream
-from refusal_direction.memory import peak_bytes
 from refusal_direction.models.refusal_tokens import RefusalTokens
-from refusal_direction.scoring import Setting, baseline_bytes, intervention_rows, measure_baseline, score_candidates
+from refusal_direction.runtime.memory import peak_bytes
+from refusal_direction.scoring.scores import (
+    ScoringContext,
+    baseline_bytes,
+    intervention_rows,
+    measure_baseline,
+    score_candidates,
+)
 
 N_POSITIONS = 5
 
@@ -41,7 +47,7 @@ def _run(budget: int | None, options: argparse.Namespace) -> tuple[int, int, int
     )
     candidates = torch.randn(2, options.layers, stream.skeleton.d_model, generator=generator)
     kept = {"harmful_val": harmful, "harmless_val": harmless}
-    setting = Setting(engine, tokens, candidates, baseline, kept)
+    setting = ScoringContext(engine, tokens, candidates, baseline, kept)
     rows = intervention_rows(setting.flat, **setting.validation)
     chunks = len(list(engine.parts(rows)))
     score_candidates(setting, setting.flat, rows=rows)

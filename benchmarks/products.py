@@ -19,8 +19,8 @@ import torch
 from apart import apart
 from scoring import matrix_rates, ours, products, setting
 
-from refusal_direction.engine import products as onednn
-from refusal_direction.memory import peak_bytes
+from refusal_direction.engine.shortcuts import products as onednn
+from refusal_direction.runtime.memory import peak_bytes
 
 SHAPES = {
     "55M, 12 layers": {"layers": 12},

@@ -33,12 +33,12 @@ from refusal_direction.config import DEMO_MODEL, Config, ModelSource, PromptSour
 from refusal_direction.directions import mean_difference, unit
 from refusal_direction.engine import Engine
 from refusal_direction.engine.interventions import ResidualStream
-from refusal_direction.memory import peak_bytes
-from refusal_direction.metrics import kl_divergence, refusal_score
 from refusal_direction.models.chat import ChatModel
-from refusal_direction.models.refusal_tokens import chosen
+from refusal_direction.models.refusal_tokens import resolve
 from refusal_direction.prompts import PromptSets, gather
-from refusal_direction.scoring import Setting, intervention_rows, measure_baseline, score_candidates
+from refusal_direction.runtime.memory import peak_bytes
+from refusal_direction.scoring.metrics import kl_divergence, refusal_score
+from refusal_direction.scoring.scores import ScoringContext, intervention_rows, measure_baseline, score_candidates
 
 BATCH = 32
 VOCABULARY = 8192
@@ -89,7 +89,7 @@ def prompt_sets(options: argparse.Namespace) -> PromptSets:
 
 
 def ours(chat: ChatModel, sets: PromptSets) -> dict[str, Tensor]:
-    tokens, indices = chosen(chat, ("I",)), sets.indices()
+    tokens, indices = resolve(chat, ("I",)), sets.indices()
     inputs = [chat.inputs(prompt) for prompt in sets.everything]
     engine = Engine(ResidualStream(chat.model), inputs, observed_tokens=chat.n_positions)
     train = indices["harmful_train"] + indices["harmless_train"]
@@ -98,7 +98,7 @@ def ours(chat: ChatModel, sets: PromptSets) -> dict[str, Tensor]:
     )
     n_train = len(sets.harmful_train)
     means = mean_difference(baseline.activations[:n_train], baseline.activations[n_train:])
-    setting = Setting(engine, tokens, means, baseline, indices)
+    setting = ScoringContext(engine, tokens, means, baseline, indices)
     scores = score_candidates(setting, setting.flat, rows=intervention_rows(setting.flat, **setting.validation))
     return {"ablation": scores.ablation, "steering": scores.steering, "kl": scores.kl}
 
@@ -109,7 +109,7 @@ class Naive:
     def __init__(self, chat: ChatModel, sets: PromptSets) -> None:
         self.chat, self.model, self.sets = chat, chat.model, sets
         self.layers = chat.model.model.layers
-        self.tokens = chosen(chat, ("I",)).ids
+        self.tokens = resolve(chat, ("I",)).ids
 
     def batches(self, prompts: tuple[Any, ...]) -> Iterator[dict[str, Tensor]]:
         for begin in range(0, len(prompts), BATCH):

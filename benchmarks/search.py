@@ -29,12 +29,12 @@ from wide import widened
 from refusal_direction import ChatModel, extract, load_chat_model
 from refusal_direction.config import DEMO_MODEL, VISION_CONFIG, Config, ModelSource, PromptSource
 from refusal_direction.directions import NULL_NORM
-from refusal_direction.metrics import Measure
 from refusal_direction.models.loading import load
 from refusal_direction.models.refusal_tokens import RefusalTokens
-from refusal_direction.pipeline import Extraction
+from refusal_direction.pipeline import RunResult
 from refusal_direction.prompts import PromptSets, gather
-from refusal_direction.selection import CandidateScore, select
+from refusal_direction.scoring.metrics import Measure
+from refusal_direction.selection.rules import CandidateScore, select
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Known:
     n_layers: int
 
     @classmethod
-    def of(cls, found: Extraction) -> Known:
+    def of(cls, found: RunResult) -> Known:
         vectors = found.candidates.flatten(0, 1)
         null = [index for index, vector in enumerate(vectors) if vector.norm() <= NULL_NORM]
         return cls(found.kept, found.tokens, null, found.candidates.shape[1])
@@ -157,7 +157,7 @@ def naive_vision(chat: ChatModel, sets: PromptSets, config: Config, known: Known
     return result["selected"], {name: result[name].mean(1) for name in ("ablation", "steering", "kl")}
 
 
-def account(found: Extraction) -> str:
+def account(found: RunResult) -> str:
     """Prompt evaluations, and the layers that they go through: a steered row starts at its candidate's."""
     choice, n_layers = found.choice, found.candidates.shape[1]
     steered = choice.measured[Measure.STEERING]

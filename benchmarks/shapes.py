@@ -36,9 +36,9 @@ from transformers import (
 
 from refusal_direction import ChatModel, extract, load_vision_model
 from refusal_direction.config import DEMO_MODEL, VISION_CONFIG, Config, ModelSource, PromptSource, Thresholds
-from refusal_direction.metrics import Measure
-from refusal_direction.pipeline import Extraction
+from refusal_direction.pipeline import RunResult
 from refusal_direction.prompts import PromptSets, gather
+from refusal_direction.scoring.metrics import Measure
 
 NO_THRESHOLDS = Thresholds(kl=1e9, induce=-1e9)
 _T = TypeVar("_T")
@@ -143,7 +143,7 @@ def show(name: str, cost: Cost, selected: int, rate: float) -> None:
     )
 
 
-def differences(found: Extraction, scores: dict[str, Tensor]) -> dict[str, float]:
+def differences(found: RunResult, scores: dict[str, Tensor]) -> dict[str, float]:
     """The largest difference of mean scores, of any candidate that both ways have scored."""
     ours = {measure.name.lower(): found.scores.of(measure).mean(1) for measure in Measure}
     return {name: float((ours[name] - scores[name]).abs().nan_to_num().max()) for name in ours}

@@ -20,10 +20,10 @@ from refusal_direction.config import VISION, Thresholds
 from refusal_direction.directions import mean_difference, unit
 from refusal_direction.engine import Engine
 from refusal_direction.engine.interventions import ResidualStream
-from refusal_direction.metrics import Measure, kl_divergence, refusal_score
 from refusal_direction.models.refusal_tokens import RefusalTokens
-from refusal_direction.scoring import ALL, Setting, intervention_rows, measure_baseline, score_candidates
-from refusal_direction.selection import CandidateScore, select_survivor, survivors
+from refusal_direction.scoring.metrics import Measure, kl_divergence, refusal_score
+from refusal_direction.scoring.scores import ALL, ScoringContext, intervention_rows, measure_baseline, score_candidates
+from refusal_direction.selection.rules import CandidateScore, select_survivor, survivors
 
 POSITIONS = 3
 BATCH = 8
@@ -111,7 +111,7 @@ def ours(case: Case) -> dict[str, Any]:
         engine, REFUSAL, n_positions=POSITIONS, activations_of=range(2 * n_train), logits_of=kept["harmless_val"]
     )
     means = mean_difference(baseline.activations[:n_train], baseline.activations[n_train:])
-    setting = Setting(engine, REFUSAL, means, baseline, kept)
+    setting = ScoringContext(engine, REFUSAL, means, baseline, kept)
     lap("sweep 1, baseline")
 
     def scored(measures: frozenset[Measure], among: list[int] | None) -> Any:

@@ -72,8 +72,8 @@ def _multiply(config: Any, times: int) -> None:
 def _repeated(small: Tensor, shape: torch.Size) -> Tensor:
     """Each channel so many times; a matrix sums over them, so its elements are smaller by as much."""
     times = [wide // narrow for wide, narrow in zip(shape, small.shape, strict=True)]
-    summed = times[1] if len(times) == 2 and times[0] > 1 else 1  # a position embedding has no more rows
-    return small.repeat(times) / summed
+    all_sum = times[1] if len(times) == 2 and times[0] > 1 else 1  # a position embedding has no more rows
+    return small.repeat(times) / all_sum
 
 
 def _in_the_corner(name: str, small: Tensor, shape: torch.Size, times: int) -> Tensor:

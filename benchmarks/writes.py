@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from refusal_direction import ablated
-from refusal_direction.directions import ablate, share_along, unit
+from refusal_direction.directions import ablate, residual_component, unit
 from refusal_direction.engine.interventions import residual_stream
 from refusal_direction.engine.skeleton import hidden_states_of
 
@@ -83,7 +83,7 @@ def measured(model: PreTrainedModel, u: Tensor, ids: Tensor) -> tuple[Tensor, fl
     shares: list[float] = []
 
     def see(module: object, args: object, output: object) -> None:
-        shares.append(share_along(hidden_states_of(output), u.expand(len(ids), -1)))
+        shares.append(residual_component(hidden_states_of(output), u.expand(len(ids), -1)))
 
     with ExitStack() as hooks:
         for layer in residual_stream(model).layers:

@@ -18,20 +18,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from refusal_direction.artifacts import load_direction
     from refusal_direction.config import Config
     from refusal_direction.engine.interventions import ablated, steered
     from refusal_direction.errors import RefusalDirectionError
     from refusal_direction.models.chat import ChatModel
     from refusal_direction.models.loading import load_chat_model, load_vision_model
-    from refusal_direction.pipeline import Direction, Extraction, extract
+    from refusal_direction.output.artifacts import load_direction
+    from refusal_direction.pipeline import Direction, RunResult, extract
     from refusal_direction.prompts.sets import PromptSets
 
 __all__ = [
     "ChatModel",
     "Config",
     "Direction",
-    "Extraction",
+    "RunResult",
     "PromptSets",
     "RefusalDirectionError",
     "ablated",
@@ -46,13 +46,13 @@ _HOMES = {
     "ChatModel": "models.chat",
     "Config": "config",
     "Direction": "pipeline",
-    "Extraction": "pipeline",
+    "RunResult": "pipeline",
     "PromptSets": "prompts.sets",
     "RefusalDirectionError": "errors",
     "ablated": "engine.interventions",
     "extract": "pipeline",
     "load_chat_model": "models.loading",
-    "load_direction": "artifacts",
+    "load_direction": "output.artifacts",
     "load_vision_model": "models.loading",
     "steered": "engine.interventions",
 }

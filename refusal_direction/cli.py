@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from refusal_direction import processes
 from refusal_direction.config import (
     TEXT,
     UNFINISHED,
@@ -29,9 +28,10 @@ from refusal_direction.config import (
     Thresholds,
 )
 from refusal_direction.errors import ConfigurationError, OutputError, RefusalDirectionError
+from refusal_direction.runtime import processes
 
 if TYPE_CHECKING:
-    from refusal_direction.pipeline import Extraction
+    from refusal_direction.pipeline import RunResult
 
 __all__ = ["config_from", "main", "main_vlm", "parser"]
 
@@ -233,14 +233,15 @@ def _discard_output() -> None:
 
 
 def _run(config: Config) -> None:
-    from refusal_direction import artifacts, report
-    from refusal_direction.checkpoints import forget
+    from refusal_direction.output import artifacts
+    from refusal_direction.output import text as report
     from refusal_direction.pipeline import extract
+    from refusal_direction.runtime.checkpoints import forget
 
     first = processes.rank() == 0
     new = first and artifacts.check_writable(config.output_dir, config.rules)
     try:
-        extraction: Extraction = extract(
+        extraction: RunResult = extract(
             config.model.model_id, config, progress=_bar if first else None, unfinished=config.output_dir
         )
     except RefusalDirectionError:
@@ -260,15 +261,15 @@ def _run(config: Config) -> None:
 def _inspect(config: Config) -> None:
     if processes.rank() > 0:
         return
-    from refusal_direction import report
-    from refusal_direction.inspection import inspect
+    from refusal_direction.estimate import inspect
+    from refusal_direction.output import text as report
 
     _show(report.inspection(inspect(config)))
 
 
 def _set_up_memory() -> None:
     """This process is ours, so it may keep few of oneDNN's kernels, as large products by it ask for."""
-    from refusal_direction.engine.products import keep_few_kernels
+    from refusal_direction.engine.shortcuts.products import keep_few_kernels
 
     keep_few_kernels()
 

@@ -16,13 +16,22 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-__all__ = ["ablate", "in_own_dtype", "mean_difference", "precise", "promise", "share_along", "unit", "NULL_NORM"]
+__all__ = [
+    "ablate",
+    "in_own_dtype",
+    "mean_difference",
+    "widest_dtype",
+    "rank_heuristic",
+    "residual_component",
+    "unit",
+    "NULL_NORM",
+]
 
 NULL_NORM = 1e-12
 """A candidate shorter than this intervenes nowhere: its ablation scales x by less than one part in 10^8 (see `unit`)."""
 
 
-def precise(device: torch.device | str) -> torch.dtype:
+def widest_dtype(device: torch.device | str) -> torch.dtype:
     """The widest float of a device: float64, but float32 on MPS, which has no float64."""
     return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
@@ -31,7 +40,7 @@ def mean_difference(
     harmful: Float[Tensor, "harmful *site d_model"], harmless: Float[Tensor, "harmless *site d_model"]
 ) -> Float[Tensor, "*site d_model"]:
     """Difference of means, harmful minus harmless, accumulated in `precise` (paper, eq. 3)."""
-    dtype = precise(harmful.device)
+    dtype = widest_dtype(harmful.device)
     return harmful.mean(0, dtype=dtype) - harmless.mean(0, dtype=dtype)
 
 
@@ -76,7 +85,7 @@ def _ablated_once(x: Tensor, u: Tensor) -> Tensor:
     return torch.baddbmm(rows, along, u.unsqueeze(1), alpha=-1).view(x.shape)
 
 
-def promise(
+def rank_heuristic(
     candidates: Float[Tensor, "position layer d_model"], harmless: Float[Tensor, "harmless position layer d_model"]
 ) -> Float[Tensor, "position layer"]:
     """A cheap guess at which candidates carry refusal best: the higher, the more promising.
@@ -89,7 +98,7 @@ def promise(
     return (units @ units[-1, -1]) * candidates.norm(dim=-1) / lengths.clamp_min(1e-30)
 
 
-def share_along(x: Float[Tensor, "row token d_model"], u: Float[Tensor, "row d_model"]) -> float:
+def residual_component(x: Float[Tensor, "row token d_model"], u: Float[Tensor, "row d_model"]) -> float:
     """The largest |x . u| / (|x| |u|) of all rows and tokens that an exact ablation by u does not explain, in float32.
 
     Ablation by a u that is not quite of unit length (rounded, or of a direction of about 1e-8) leaves 1 - |u|^2 of what

@@ -13,10 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from refusal_direction import processes
 from refusal_direction import prompts as prompt_sources
-from refusal_direction.checkpoints import Checkpoints, fingerprint
-from refusal_direction.choice import Choice, choose, search_name
 from refusal_direction.config import VISION_CONFIG, Config
 from refusal_direction.directions import in_own_dtype, mean_difference
 from refusal_direction.engine import Engine
@@ -28,24 +25,27 @@ from refusal_direction.errors import (
     TooFewPromptsError,
     UnsupportedModelError,
 )
-from refusal_direction.memory import peak_bytes
 from refusal_direction.models import refusal_tokens
 from refusal_direction.models.chat import ChatModel
 from refusal_direction.models.loading import check_access, load
 from refusal_direction.models.placement import execution_device
-from refusal_direction.models.refusal_tokens import Mass, RefusalTokens
+from refusal_direction.models.refusal_tokens import ProbabilityQuartiles, RefusalTokens
 from refusal_direction.models.vision import VisionChatModel
 from refusal_direction.prompts.sets import PromptSets
-from refusal_direction.records import Clock, recorded_warnings
-from refusal_direction.scoring import Baseline, Scores, Setting, baseline_bytes, measure_baseline
-from refusal_direction.selection import CandidateScore, Selection, keep_fitting, layer_limit
-from refusal_direction.store import NOWHERE, Store
-from refusal_direction.sweeps import Progress
+from refusal_direction.runtime import processes
+from refusal_direction.runtime.checkpoints import Checkpoints, fingerprint
+from refusal_direction.runtime.log import StageTimer, recorded_warnings
+from refusal_direction.runtime.memory import peak_bytes
+from refusal_direction.runtime.store import NO_CHECKPOINTS, CheckpointStore
+from refusal_direction.scoring.passes import Progress
+from refusal_direction.scoring.scores import Baseline, Scores, ScoringContext, baseline_bytes, measure_baseline
+from refusal_direction.selection.rules import CandidateScore, Selection, keep_fitting, layer_limit
+from refusal_direction.selection.searches import SelectionResult, search_name, select_direction
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-__all__ = ["Direction", "Extraction", "Prepared", "Progress", "extract", "prepare"]
+__all__ = ["Direction", "RunResult", "Prepared", "Progress", "extract", "prepare"]
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class Direction:
 
 
 @dataclass(frozen=True)
-class Extraction:
+class RunResult:
     """Everything a run found out."""
 
     config: Config
@@ -74,11 +74,11 @@ class Extraction:
     kept: dict[str, list[int]] = field(repr=False)
     """For each set, the prompts that the filter left, as places in `prompts.everything`."""
     tokens: RefusalTokens
-    mass: dict[str, Mass]
+    mass: dict[str, ProbabilityQuartiles]
     """What probability the tokens hold on "harmful" and on "harmless" prompts."""
     baseline: Baseline = field(repr=False)
     candidates: Float[Tensor, "position layer d_model"] = field(repr=False)
-    choice: Choice = field(repr=False)
+    choice: SelectionResult = field(repr=False)
     """Which candidate was chosen, and the scores that it was chosen by."""
     engine: str
     """Which engine ran."""
@@ -93,7 +93,7 @@ class Extraction:
 
     def __str__(self) -> str:
         """The table that the command prints."""
-        from refusal_direction.report import results
+        from refusal_direction.output.text import results
 
         return results(self)
 
@@ -128,7 +128,7 @@ def extract(
     prompts: PromptSets | None = None,
     progress: Progress | None = None,
     unfinished: str | Path | None = None,
-) -> Extraction:
+) -> RunResult:
     """Find the refusal direction of a chat model.
 
     Args:
@@ -146,11 +146,11 @@ def extract(
     search_name(config)  # an unknown search is found out before the work
     with processes.joined(), recorded_warnings() as warnings, _left_alone(chat), in_own_dtype():
         ready = prepare(config, chat=chat, prompts=prompts, progress=progress is not None)
-        clock = Clock(dict(ready.seconds))
+        clock = StageTimer(dict(ready.seconds))
         progress = progress or _silent
         chat, prompts, tokens, engine = ready.chat, ready.prompts, ready.tokens, ready.engine
         _check_layers(config, len(engine.stream.layers))
-        store = NOWHERE if unfinished is None else _checkpoints(Path(unfinished), config, ready, given=given)
+        store = NO_CHECKPOINTS if unfinished is None else _checkpoints(Path(unfinished), config, ready, given=given)
         with clock("baseline"):
             baseline = _baseline(ready, progress, store)
             _check_finite(baseline, chat)
@@ -158,11 +158,13 @@ def extract(
             kept = keep_fitting(baseline.refusal, prompts.indices(), skip=config.skip_filter, rules=config.rules)
         candidates = _candidates(baseline, kept)
         with clock("interventions"):
-            choice = choose(Setting(engine, tokens, candidates, baseline, kept, store), config, progress=progress)
-        leak = processes.largest(engine.leak)
-        for message in processes.said_elsewhere(warnings):
+            choice = select_direction(
+                ScoringContext(engine, tokens, candidates, baseline, kept, store), config, progress=progress
+            )
+        leak = processes.all_max(engine.leak)
+        for message in processes.gather_warnings(warnings):
             log.warning("%s", message)
-    return Extraction(
+    return RunResult(
         config=config,
         chat=chat,
         prompts=prompts,
@@ -209,7 +211,7 @@ def prepare(
         prompts: the prompts, likewise.
         progress: whether downloads show bars.
     """
-    clock = Clock()
+    clock = StageTimer()
     if not isinstance(prompts, PromptSets | None):
         raise PromptError(f"prompts must be PromptSets(harmful_train=..., ...), not a {type(prompts).__name__}.")
     if chat is None:
@@ -333,8 +335,8 @@ def _check_finite(baseline: Baseline, chat: ChatModel) -> None:
 
 def _tokens(config: Config, chat: ChatModel, prompts: PromptSets) -> RefusalTokens:
     if config.calibrate_refusal:
-        return refusal_tokens.calibrated(chat, prompts.harmful_train, config.rules, at_once=config.batch_size)
-    return refusal_tokens.chosen(chat, config.refusal_tokens, config.rules)
+        return refusal_tokens.calibrate(chat, prompts.harmful_train, config.rules, at_once=config.batch_size)
+    return refusal_tokens.resolve(chat, config.refusal_tokens, config.rules)
 
 
 def _checkpoints(folder: Path, config: Config, ready: Prepared, *, given: bool) -> Checkpoints:
@@ -343,7 +345,7 @@ def _checkpoints(folder: Path, config: Config, ready: Prepared, *, given: bool) 
     return Checkpoints(folder, same, resume=config.resume)
 
 
-def _baseline(ready: Prepared, progress: Progress, store: Store) -> Baseline:
+def _baseline(ready: Prepared, progress: Progress, store: CheckpointStore) -> Baseline:
     indices, engine = ready.prompts.indices(), ready.engine
     total = len(ready.prompts.everything) * len(engine.stream.layers)
     with progress("Sweep 1: baseline", total) as tick:
@@ -358,14 +360,14 @@ def _baseline(ready: Prepared, progress: Progress, store: Store) -> Baseline:
         )
 
 
-def _mass(baseline: Baseline, prompts: PromptSets, tokens: RefusalTokens) -> dict[str, Mass]:
+def _mass(baseline: Baseline, prompts: PromptSets, tokens: RefusalTokens) -> dict[str, ProbabilityQuartiles]:
     """What probability the refusal tokens hold on each kind of prompts; warns where it says that they are the wrong ones."""
     places = prompts.indices()
     kinds = {
-        kind: Mass.of(baseline.mass[places[f"{kind}_train"] + places[f"{kind}_val"]])
+        kind: ProbabilityQuartiles.of(baseline.mass[places[f"{kind}_train"] + places[f"{kind}_val"]])
         for kind in ("harmful", "harmless")
     }
-    if doubted := refusal_tokens.doubt(tokens, **kinds):
+    if doubted := refusal_tokens.diagnose(tokens, **kinds):
         log.warning("%s", doubted)
     return kinds
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from refusal_direction import ChatModel, Extraction, demo, extract, load_chat_model
+from refusal_direction import ChatModel, RunResult, demo, extract, load_chat_model
 from refusal_direction.config import Config, ModelSource, PromptSource
 from refusal_direction.prompts import gather, read_prompts
 
@@ -56,7 +56,7 @@ def chat() -> ChatModel:
 
 
 @pytest.fixture(scope="session")
-def extraction(chat: ChatModel) -> Extraction:
+def extraction(chat: ChatModel) -> RunResult:
     """A small but whole run on the demo model."""
     config = Config(model=ModelSource("demo"), prompts=PromptSource(n_train=24, n_val=12))
     return replace(extract(chat, prompts=gather(config)), config=config)

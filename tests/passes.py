@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from refusal_direction.engine import Candidates, Engine, Kind, Row
+from refusal_direction.candidates import Candidates
+from refusal_direction.engine import Engine, Intervention, Row
 from refusal_direction.engine.hooked import Hooked
 from refusal_direction.engine.layer_major import LayerMajor
+from tests.candidates import at_layers
 from tests.families import D_MODEL, N_LAYERS
 from tests.problems import Problem
 
@@ -20,7 +22,7 @@ TOLERANCE = 2e-5
 def candidates(count: int = 5, seed: int = 1) -> Candidates:
     """Random directions of layers 0, 1, 2, ..."""
     vectors = torch.randn(count, D_MODEL, generator=torch.Generator().manual_seed(seed))
-    return Candidates(vectors, tuple(index % N_LAYERS for index in range(count)))
+    return at_layers(vectors, tuple(index % N_LAYERS for index in range(count)))
 
 
 def every_row(problem: Problem, given: Candidates) -> list[Row]:
@@ -28,7 +30,7 @@ def every_row(problem: Problem, given: Candidates) -> list[Row]:
     return [
         Row(prompt, kind, candidate)
         for candidate in range(len(given.layers))
-        for kind in (Kind.ABLATION, Kind.STEERING)
+        for kind in (Intervention.ABLATION, Intervention.STEERING)
         for prompt in range(len(problem.inputs))
     ]
 

@@ -15,8 +15,15 @@ from refusal_direction.directions import mean_difference
 from refusal_direction.engine import Engine
 from refusal_direction.engine.interventions import ResidualStream, ablated
 from refusal_direction.models.refusal_tokens import RefusalTokens
-from refusal_direction.scoring import Baseline, Scores, Setting, intervention_rows, measure_baseline, score_candidates
-from refusal_direction.store import NOWHERE, Store
+from refusal_direction.runtime.store import NO_CHECKPOINTS, CheckpointStore
+from refusal_direction.scoring.scores import (
+    Baseline,
+    Scores,
+    ScoringContext,
+    intervention_rows,
+    measure_baseline,
+    score_candidates,
+)
 from tests.families.building import Family, layers_of
 from tests.families.sizes import VOCAB
 from tests.oracles import reference, stream
@@ -108,7 +115,7 @@ def engine_of(
     return Engine(ResidualStream(model), problem.inputs, batch_size=batch_size, observed_tokens=observed_tokens)
 
 
-def solve(engine: Engine, problem: Sets[Any], store: Store = NOWHERE) -> Answer:
+def solve(engine: Engine, problem: Sets[Any], store: CheckpointStore = NO_CHECKPOINTS) -> Answer:
     """Both sweeps of the package, as its pipeline runs them, with every prompt kept."""
     tokens = RefusalTokens(REFUSAL_TOKENS, ("a", "b"), "a test")
     places = problem.indices()
@@ -122,7 +129,7 @@ def solve(engine: Engine, problem: Sets[Any], store: Store = NOWHERE) -> Answer:
     )
     middle = len(places["harmful_train"])
     candidates = mean_difference(baseline.activations[:middle], baseline.activations[middle:])
-    setting = Setting(engine, tokens, candidates, baseline, places, store)
+    setting = ScoringContext(engine, tokens, candidates, baseline, places, store)
     rows = intervention_rows(setting.flat, **setting.validation)
     scores = score_candidates(setting, setting.flat, rows=rows)
     return Answer(engine, baseline, candidates, scores)

@@ -13,15 +13,16 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from refusal_direction import artifacts, load_direction
-from refusal_direction.artifacts import file_names
+from refusal_direction import load_direction
 from refusal_direction.config import TEXT, VISION
 from refusal_direction.errors import OutputError
-from refusal_direction.pipeline import Extraction
+from refusal_direction.output import artifacts
+from refusal_direction.output.artifacts import file_names
+from refusal_direction.pipeline import RunResult
 from refusal_direction.prompts import Prompt
 
 
-def marked(extraction: Extraction, mark: str) -> Extraction:
+def marked(extraction: RunResult, mark: str) -> RunResult:
     """The same results, recognisable in every JSON file's stead by the model's id."""
     return replace(extraction, chat=replace(extraction.chat, model_id=mark))
 
@@ -36,7 +37,7 @@ def marks(folder: Path) -> set[str]:
     return found
 
 
-def test_the_files_have_the_names_shapes_and_keys_of_the_specification(extraction: Extraction, tmp_path: Path):
+def test_the_files_have_the_names_shapes_and_keys_of_the_specification(extraction: RunResult, tmp_path: Path):
     artifacts.write(extraction, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == set(file_names(TEXT))
     n_positions, n_layers, d_model = extraction.candidates.shape
@@ -55,13 +56,13 @@ def test_the_files_have_the_names_shapes_and_keys_of_the_specification(extractio
     }  # fmt: skip
 
 
-def test_the_direction_is_a_copy_and_not_a_view_of_all_candidates(extraction: Extraction, tmp_path: Path):
+def test_the_direction_is_a_copy_and_not_a_view_of_all_candidates(extraction: RunResult, tmp_path: Path):
     artifacts.write(extraction, tmp_path)
     size = (tmp_path / "refusal_direction.pt").stat().st_size
     assert size < 4 * extraction.candidates.shape[-1] + 2048
 
 
-def test_run_json_identifies_the_run(extraction: Extraction, tmp_path: Path):
+def test_run_json_identifies_the_run(extraction: RunResult, tmp_path: Path):
     artifacts.write(extraction, tmp_path)
     run = json.loads((tmp_path / "run.json").read_text())
     assert torch.__version__.startswith(run["versions"]["torch"])
@@ -76,7 +77,7 @@ def test_run_json_identifies_the_run(extraction: Extraction, tmp_path: Path):
         assert len(said["sha256"]) == 64
 
 
-def test_per_prompt_scores_average_to_the_scores(extraction: Extraction, tmp_path: Path):
+def test_per_prompt_scores_average_to_the_scores(extraction: RunResult, tmp_path: Path):
     artifacts.write(extraction, tmp_path)
     scores = json.loads((tmp_path / "all_direction_scores.json").read_text())
     with safe_open(tmp_path / "per_prompt_scores.safetensors", "pt") as file:
@@ -86,14 +87,14 @@ def test_per_prompt_scores_average_to_the_scores(extraction: Extraction, tmp_pat
         assert len(json.loads(file.metadata()["harmful_ids"])) == file.get_tensor("ablation_refusal").shape[1]
 
 
-def test_an_infinite_threshold_is_spelled_out(extraction: Extraction, tmp_path: Path):
+def test_an_infinite_threshold_is_spelled_out(extraction: RunResult, tmp_path: Path):
     thresholds = replace(extraction.config.thresholds, kl=math.inf, induce=-math.inf)
     artifacts.write(replace(extraction, config=replace(extraction.config, thresholds=thresholds)), tmp_path)
     recorded = json.loads((tmp_path / "run.json").read_text())["config"]["thresholds"]
     assert recorded == {"kl": "inf", "induce": "-inf", "prune_layers": 0.2}
 
 
-def test_json_has_null_for_nan(extraction: Extraction, tmp_path: Path):
+def test_json_has_null_for_nan(extraction: RunResult, tmp_path: Path):
     broken = replace(extraction.means[0], kl_div=float("nan"))
     choice = replace(extraction.choice, means=(broken, *extraction.means[1:]))
     artifacts.write(replace(extraction, choice=choice), tmp_path)
@@ -102,7 +103,7 @@ def test_json_has_null_for_nan(extraction: Extraction, tmp_path: Path):
     assert json.loads(text)[0]["kl_div"] is None
 
 
-def test_what_was_written_can_be_loaded(extraction: Extraction, tmp_path: Path):
+def test_what_was_written_can_be_loaded(extraction: RunResult, tmp_path: Path):
     artifacts.write(extraction, tmp_path)
     loaded, direction = load_direction(tmp_path), extraction.direction
     assert torch.equal(loaded.vector, direction.vector)
@@ -131,7 +132,7 @@ def failing_after(calls: int, function: Callable[..., object], error: BaseExcept
 @pytest.mark.parametrize("operation", ["replace", "fsync", "unlink"])
 @pytest.mark.parametrize("calls", range(8))
 def test_a_crash_at_any_moment_leaves_one_set_and_the_next_run_recovers(
-    extraction: Extraction,
+    extraction: RunResult,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     operation: str,
@@ -154,7 +155,7 @@ def test_a_crash_at_any_moment_leaves_one_set_and_the_next_run_recovers(
 
 
 def test_a_full_disk_leaves_the_old_set_untouched(
-    extraction: Extraction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    extraction: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     artifacts.write(marked(extraction, "old"), tmp_path)
     monkeypatch.setattr(os, "fsync", failing_after(2, os.fsync, OSError(28, "No space left on device")))
@@ -166,7 +167,7 @@ def test_a_full_disk_leaves_the_old_set_untouched(
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no limits on files to imitate a full disk by")
 @pytest.mark.parametrize("size", [0, 1000, 12_000])
-def test_a_disk_that_is_full_from_some_byte_on_is_one_clear_error(extraction: Extraction, tmp_path: Path, size: int):
+def test_a_disk_that_is_full_from_some_byte_on_is_one_clear_error(extraction: RunResult, tmp_path: Path, size: int):
     import resource
     import signal
 
@@ -186,7 +187,7 @@ def test_a_disk_that_is_full_from_some_byte_on_is_one_clear_error(extraction: Ex
 
 @pytest.mark.parametrize("name", ["refusal_direction.pt", "direction_metadata.json"])
 @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"PK\x03\x04 cut off"])
-def test_a_damaged_file_is_explained(extraction: Extraction, tmp_path: Path, name: str, content: bytes):
+def test_a_damaged_file_is_explained(extraction: RunResult, tmp_path: Path, name: str, content: bytes):
     artifacts.write(extraction, tmp_path)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(OutputError, match="cannot be read"):
@@ -194,7 +195,7 @@ def test_a_damaged_file_is_explained(extraction: Extraction, tmp_path: Path, nam
 
 
 @pytest.mark.parametrize("vector", [torch.tensor([1.0, math.nan]), torch.zeros(0), torch.ones(4, dtype=torch.int64)])
-def test_what_is_no_direction_is_not_handed_out(extraction: Extraction, tmp_path: Path, vector: torch.Tensor):
+def test_what_is_no_direction_is_not_handed_out(extraction: RunResult, tmp_path: Path, vector: torch.Tensor):
     artifacts.write(extraction, tmp_path)
     torch.save(vector, tmp_path / "refusal_direction.pt")
     with pytest.raises(OutputError, match="cannot be read.*Make it anew"):
@@ -202,7 +203,7 @@ def test_what_is_no_direction_is_not_handed_out(extraction: Extraction, tmp_path
 
 
 @pytest.mark.parametrize("layer", [None, "5", 5.0])
-def test_a_layer_that_is_no_number_is_not_handed_out(extraction: Extraction, tmp_path: Path, layer: object):
+def test_a_layer_that_is_no_number_is_not_handed_out(extraction: RunResult, tmp_path: Path, layer: object):
     artifacts.write(extraction, tmp_path)
     path = tmp_path / "direction_metadata.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "layer": layer}))
@@ -210,7 +211,7 @@ def test_a_layer_that_is_no_number_is_not_handed_out(extraction: Extraction, tmp
         load_direction(tmp_path)
 
 
-def test_a_folder_with_results_of_the_other_pipeline_is_refused(extraction: Extraction, tmp_path: Path):
+def test_a_folder_with_results_of_the_other_pipeline_is_refused(extraction: RunResult, tmp_path: Path):
     """They would share run.json."""
     artifacts.write(extraction, tmp_path)
     artifacts.check_writable(tmp_path, TEXT)
@@ -231,7 +232,7 @@ def test_a_folder_where_a_file_goes_is_found_out_before_the_work(tmp_path: Path)
     artifacts.check_writable(tmp_path / "other", TEXT)
 
 
-def test_other_files_in_the_folder_are_left_alone(extraction: Extraction, tmp_path: Path):
+def test_other_files_in_the_folder_are_left_alone(extraction: RunResult, tmp_path: Path):
     (tmp_path / "vlm").mkdir()
     (tmp_path / "notes.txt").write_text("mine")
     artifacts.write(extraction, tmp_path)

@@ -20,7 +20,7 @@ from refusal_direction.errors import (
     TokenizerError,
 )
 from refusal_direction.models import refusal_tokens
-from refusal_direction.models.refusal_tokens import Mass, RefusalTokens
+from refusal_direction.models.refusal_tokens import ProbabilityQuartiles, RefusalTokens
 from refusal_direction.prompts import Prompt
 
 CHATML = (
@@ -169,14 +169,14 @@ def test_a_prompt_with_an_image_is_not_for_a_text_model(chat: ChatModel):
 
 
 def test_gemma_refuses_with_the_published_token(chat: ChatModel):
-    tokens = refusal_tokens.chosen(chat, ())
+    tokens = refusal_tokens.resolve(chat, ())
     assert (tokens.texts, tokens.source) == (("I",), "published for the gemma family")
 
 
 def test_tokens_can_be_given_as_text_or_id(chat: ChatModel):
     number = chat.tokenizer("I", add_special_tokens=False)["input_ids"][0]
-    assert refusal_tokens.chosen(chat, ("I",)).ids == refusal_tokens.chosen(chat, (str(number),)).ids == (number,)
-    assert refusal_tokens.chosen(chat, (number,)).ids == (number,)
+    assert refusal_tokens.resolve(chat, ("I",)).ids == refusal_tokens.resolve(chat, (str(number),)).ids == (number,)
+    assert refusal_tokens.resolve(chat, (number,)).ids == (number,)
 
 
 @pytest.fixture
@@ -191,7 +191,7 @@ def test_only_the_families_of_the_paper_have_published_tokens():
 
 
 def test_other_families_take_the_first_tokens_of_refusal_phrases(unpublished: ChatModel):
-    tokens = refusal_tokens.chosen(unpublished, ())
+    tokens = refusal_tokens.resolve(unpublished, ())
     assert "I" in tokens.texts
     assert all(any(phrase.startswith(text) for phrase in refusal_tokens.REFUSAL_PHRASES) for text in tokens.texts)
 
@@ -205,7 +205,7 @@ def first_tokens(monkeypatch: pytest.MonkeyPatch, chat: ChatModel, *texts: str) 
 def test_a_fragment_of_a_word_is_left_out(unpublished: ChatModel, monkeypatch: pytest.MonkeyPatch):
     """The S of Sorry begins Sure as well."""
     first_tokens(monkeypatch, unpublished, "I", "I", "S", "A", " ")
-    tokens = refusal_tokens.chosen(unpublished, ())
+    tokens = refusal_tokens.resolve(unpublished, ())
     assert tokens.texts == ("I",)
     assert "whole words (left out: 'S' of 'Sorry', 'A' of 'As an AI', '' of 'Unfortunately')" in tokens.source
 
@@ -215,7 +215,7 @@ def test_where_there_are_only_fragments_they_are_taken_with_a_warning(
 ):
     first_tokens(monkeypatch, unpublished, "c", "c", "S", "A", "U")
     monkeypatch.setattr(refusal_tokens, "REFUSAL_PHRASES", ("can", "can", "Sorry", "As an AI", "Unfortunately"))
-    assert refusal_tokens.chosen(unpublished, ()).texts == ("c", "S", "A", "U")
+    assert refusal_tokens.resolve(unpublished, ()).texts == ("c", "S", "A", "U")
     assert "'S' of 'Sorry'" in caplog.text
     assert "--calibrate_refusal" in caplog.text
 
@@ -224,7 +224,7 @@ def test_models_with_images_keep_the_specified_phrases_fragments_or_not(
     unpublished: ChatModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     first_tokens(monkeypatch, unpublished, "I", "I", "S", "N", "I", "I", "A", "I")
-    assert refusal_tokens.chosen(unpublished, (), VISION).texts == ("I", "S", "N", "A")
+    assert refusal_tokens.resolve(unpublished, (), VISION).texts == ("I", "S", "N", "A")
     assert "'S' of 'Sorry', 'N' of 'No,', 'A' of 'As an AI'" in caplog.text
 
 
@@ -233,7 +233,7 @@ REFUSED, ANSWERED = torch.full((8,), 0.99), torch.full((8,), 0.01)
 
 
 def doubted(harmful: torch.Tensor, harmless: torch.Tensor) -> str | None:
-    return refusal_tokens.doubt(I_TOKEN, Mass.of(harmful), Mass.of(harmless))
+    return refusal_tokens.diagnose(I_TOKEN, ProbabilityQuartiles.of(harmful), ProbabilityQuartiles.of(harmless))
 
 
 def test_tokens_that_hold_harmful_prompts_and_no_harmless_ones_are_not_doubted():
@@ -272,18 +272,18 @@ def test_tokens_as_likely_on_harmless_prompts_as_on_harmful_ones_are_always_doub
 )
 def test_a_refusal_token_outside_the_vocabulary_is_explained(chat: ChatModel, token: str, said: str):
     with pytest.raises(RefusalTokenError, match=said):
-        refusal_tokens.chosen(chat, (token,))
+        refusal_tokens.resolve(chat, (token,))
 
 
 def test_a_token_that_the_tokenizer_knows_and_the_model_does_not_is_explained(chat: ChatModel):
     more = copy.deepcopy(chat.tokenizer)
     more.add_tokens(["REFUSE"])
     with pytest.raises(RefusalTokenError, match="are not in the vocabulary of demo"):
-        refusal_tokens.chosen(replace(chat, tokenizer=more), ("REFUSE",))
+        refusal_tokens.resolve(replace(chat, tokenizer=more), ("REFUSE",))
 
 
 def test_calibration_finds_how_the_model_refuses(chat: ChatModel, harmful: list[str]):
-    tokens = refusal_tokens.calibrated(chat, [Prompt("", text) for text in harmful])
+    tokens = refusal_tokens.calibrate(chat, [Prompt("", text) for text in harmful])
     assert tokens.texts == ("I",)
     assert "of 20 harmful prompts" in tokens.source
 
@@ -295,7 +295,7 @@ def test_calibration_on_prompts_that_are_answered_is_an_error(chat: ChatModel, h
         if not refusal_tokens.is_refusal(text)
     ]
     with pytest.raises(RefusalTokenError, match="refused none of"):
-        refusal_tokens.calibrated(chat, [Prompt("", text) for text in answered])
+        refusal_tokens.calibrate(chat, [Prompt("", text) for text in answered])
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from refusal_direction import ChatModel, load_chat_model
-from refusal_direction.checkpoints import Checkpoints, fingerprint
 from refusal_direction.config import Config, ModelSource
 from refusal_direction.engine import Engine
 from refusal_direction.models.refusal_tokens import RefusalTokens
 from refusal_direction.prompts.sets import Prompt
+from refusal_direction.runtime.checkpoints import Checkpoints, fingerprint
 from tests.families import FAMILIES, build
 from tests.problems import engine_of, make_problem, solve
 

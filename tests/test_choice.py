@@ -16,15 +16,19 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from refusal_direction import ChatModel, Extraction, artifacts, cli, extract, report, sweeps
-from refusal_direction.choice import Choice, choose, search_name
+from refusal_direction import ChatModel, RunResult, cli, extract
+from refusal_direction.candidates import Candidates
 from refusal_direction.config import TEXT, VISION, VISION_CONFIG, Config, ModelSource, PromptSource, Rules
 from refusal_direction.demo import vision
-from refusal_direction.engine import Candidates, Engine, Kind, Row
+from refusal_direction.engine import Engine, Intervention, Row
 from refusal_direction.errors import ConfigurationError, NoCandidateError
-from refusal_direction.metrics import Measure
 from refusal_direction.models.refusal_tokens import RefusalTokens
-from refusal_direction.scoring import Baseline, Scores, Setting, null_candidates
+from refusal_direction.output import artifacts
+from refusal_direction.output import text as report
+from refusal_direction.scoring import passes as sweeps
+from refusal_direction.scoring.metrics import Measure
+from refusal_direction.scoring.scores import Baseline, Scores, ScoringContext, null_candidates
+from refusal_direction.selection.searches import SelectionResult, search_name, select_direction
 from tests.test_search import Problem, random_problem
 
 VOCAB, D_MODEL, N_TRAIN = 11, 5, 4
@@ -41,7 +45,7 @@ class FakeEngine:
         return len(rows)
 
 
-def setting_of(problem: Problem, generator: torch.Generator) -> Setting:
+def setting_of(problem: Problem, generator: torch.Generator) -> ScoringContext:
     """What the pipeline would hand on, if the model's scores were those of the problem."""
     n_harmful, n_harmless = problem.scores[Measure.ABLATION].shape[1], problem.scores[Measure.KL].shape[1]
     kept: dict[str, list[int]] = {}
@@ -63,19 +67,21 @@ def setting_of(problem: Problem, generator: torch.Generator) -> Setting:
         logits={prompt: torch.randn(VOCAB, generator=generator) for prompt in kept["harmless_val"]},
     )
     tokens = RefusalTokens((0,), ("I",), "a test")
-    return Setting(cast(Engine, FakeEngine()), tokens, candidates, baseline, kept)
+    return ScoringContext(cast(Engine, FakeEngine()), tokens, candidates, baseline, kept)
 
 
 def scoring_by(problem: Problem, noise: float = 0.0) -> Any:
     """Stands for `score_candidates`: reads the scores of the rows from the problem's table; copies are off by `noise`."""
 
-    def score(setting: Setting, candidates: Candidates, *, rows: Sequence[Row], tick: object) -> Scores:
+    def score(setting: ScoringContext, candidates: Candidates, *, rows: Sequence[Row], tick: object) -> Scores:
         kept = setting.kept
         unmeasured = torch.where(null_candidates(candidates), 0.0, torch.nan).unsqueeze(1)
         found = {measure: unmeasured + table.new_zeros(table.shape[1]) for measure, table in problem.scores.items()}
         for row in rows:
             harmful = row.prompt in kept["harmful_val"]
-            measure = Measure.STEERING if row.kind is Kind.STEERING else Measure.ABLATION if harmful else Measure.KL
+            measure = (
+                Measure.STEERING if row.kind is Intervention.STEERING else Measure.ABLATION if harmful else Measure.KL
+            )
             prompt = kept["harmful_val" if harmful else "harmless_val"].index(row.prompt)
             copy, original = divmod(row.candidate, len(problem))
             found[measure][row.candidate, prompt] = problem.scores[measure][original, prompt] + copy * noise
@@ -88,11 +94,13 @@ def silent(description: str, total: int) -> AbstractContextManager[Any]:
     return nullcontext(lambda done: None)
 
 
-def outcome(problem: Problem, rules: Rules, search: str, seed: int) -> Choice | str:
+def outcome(problem: Problem, rules: Rules, search: str, seed: int) -> SelectionResult | str:
     """The choice, or the error's message."""
     setting = setting_of(problem, torch.Generator().manual_seed(seed))
     try:
-        return choose(setting, Config(rules=rules, thresholds=problem.thresholds, search=search), progress=silent)
+        return select_direction(
+            setting, Config(rules=rules, thresholds=problem.thresholds, search=search), progress=silent
+        )
     except NoCandidateError as error:
         return str(error)
 
@@ -208,12 +216,12 @@ def test_a_search_that_the_rules_do_not_have_is_an_error_before_the_work() -> No
 
 
 @pytest.fixture(scope="module")
-def found(chat: ChatModel) -> Extraction:
+def found(chat: ChatModel) -> RunResult:
     config = Config(model=ModelSource("demo"), search="pruned")
     return extract("demo", config)
 
 
-def test_on_the_demo_model_a_quarter_of_the_evaluations_proves_the_choice(chat: ChatModel, found: Extraction) -> None:
+def test_on_the_demo_model_a_quarter_of_the_evaluations_proves_the_choice(chat: ChatModel, found: RunResult) -> None:
     everything = extract(chat, Config(model=ModelSource("demo")))
     assert (found.direction.position, found.direction.layer) == (
         everything.direction.position,
@@ -231,7 +239,7 @@ def test_on_the_demo_model_a_quarter_of_the_evaluations_proves_the_choice(chat: 
 
 
 def test_the_scores_file_says_what_was_measured_and_why_a_candidate_was_dropped(
-    found: Extraction, tmp_path: Path
+    found: RunResult, tmp_path: Path
 ) -> None:
     artifacts.write(found, tmp_path)
     text = (tmp_path / "all_direction_scores.json").read_text(encoding="utf-8")
@@ -253,7 +261,7 @@ def test_the_scores_file_says_what_was_measured_and_why_a_candidate_was_dropped(
     assert {row["dropped"] for row in rows} > {None, "layer >= 6 (--prune_layers 0.2)", "length zero"}
 
 
-def test_the_work_done_is_recorded_and_shown(found: Extraction, extraction: Extraction, tmp_path: Path) -> None:
+def test_the_work_done_is_recorded_and_shown(found: RunResult, extraction: RunResult, tmp_path: Path) -> None:
     artifacts.write(found, tmp_path)
     search = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))["search"]
     assert search == {

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from refusal_direction import Extraction, ablated, cli, pipeline, report, steered, sweeps
-from refusal_direction.artifacts import file_names
+from refusal_direction import RunResult, ablated, cli, pipeline, steered
 from refusal_direction.config import TEXT, UNFINISHED, Config
 from refusal_direction.engine.interventions import ResidualStream
 from refusal_direction.errors import UnsupportedModelError
+from refusal_direction.output import text as report
+from refusal_direction.output.artifacts import file_names
+from refusal_direction.scoring import passes as sweeps
 
 ROOT = Path(__file__).parent.parent
 FEW = ["--model_id", "demo", "--n_train", "24", "--n_val", "12"]
@@ -319,7 +321,7 @@ def test_closed_messages_are_no_error(tmp_path: Path):
 
 
 @pytest.mark.parametrize("batch_size", [None, 1, 4])
-def test_shown_completions_are_those_of_each_prompt_alone(batch_size: int | None, extraction: Extraction):
+def test_shown_completions_are_those_of_each_prompt_alone(batch_size: int | None, extraction: RunResult):
     chat, direction = extraction.chat, extraction.direction
     rows: list[int] = []
     handle = chat.model.model.layers[0].register_forward_pre_hook(

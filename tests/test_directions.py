@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from refusal_direction.directions import NULL_NORM, ablate, mean_difference, precise, promise, share_along, unit
+from refusal_direction.directions import (
+    NULL_NORM,
+    ablate,
+    mean_difference,
+    rank_heuristic,
+    residual_component,
+    unit,
+    widest_dtype,
+)
 
 sizes = st.tuples(st.integers(1, 5), st.integers(1, 7), st.integers(1, 40))
 seeds = st.integers(0, 2**31 - 1)
@@ -172,19 +180,19 @@ def test_the_more_a_candidate_has_of_what_the_head_reads_the_more_it_promises() 
     candidates = torch.stack([0.1 * end, across, end, -end, end]).unsqueeze(0)  # one position, five layers
     stream = torch.randn(6, 1, 5, 4, generator=torch.Generator().manual_seed(0))
     stream /= stream.norm(dim=-1, keepdim=True)
-    promised = promise(candidates, stream)[0]
+    promised = rank_heuristic(candidates, stream)[0]
     assert promised.argsort(descending=True, stable=True).tolist() == [2, 4, 0, 1, 3]
     stream[:, :, 2] *= 50  # where the stream is long, a difference of means says less
-    assert promise(candidates, stream)[0].argmax() == 4
+    assert rank_heuristic(candidates, stream)[0].argmax() == 4
 
 
 def test_what_an_exact_ablation_leaves_along_a_direction_is_no_leak() -> None:
     """Not even by a u that is a little too short: of what lay along it that leaves 1 - |u|^2."""
     x, u = randn(3, 4, 8, seed=0), unit(randn(3, 8, seed=1))
-    assert share_along(ablate(x, u), u) < 1e-6
+    assert residual_component(ablate(x, u), u) < 1e-6
     short = 0.99 * u
-    assert share_along(ablate(x, short), short) < 1e-6
-    assert share_along(ablate(x, 0.98 * u), short) > 1e-3  # control: ablated by less than u says
+    assert residual_component(ablate(x, short), short) < 1e-6
+    assert residual_component(ablate(x, 0.98 * u), short) > 1e-3  # control: ablated by less than u says
 
 
 def test_a_leak_is_the_largest_share_of_any_token() -> None:
@@ -192,13 +200,13 @@ def test_a_leak_is_the_largest_share_of_any_token() -> None:
     clean = ablate(x, u)
     leaking = clean.clone()
     leaking[1, 2] += 0.25 * clean[1, 2].norm() * u[1]
-    assert share_along(leaking, u) == pytest.approx(0.25 / (1 + 0.25**2) ** 0.5, rel=1e-5)
+    assert residual_component(leaking, u) == pytest.approx(0.25 / (1 + 0.25**2) ** 0.5, rel=1e-5)
 
 
 def test_a_stream_that_is_not_a_number_is_no_leak() -> None:
     x, u = randn(1, 2, 8, seed=0), unit(randn(1, 8, seed=1))
     x[0, 0] = torch.nan
-    assert share_along(ablate(x, u), u) < 1e-6
+    assert residual_component(ablate(x, u), u) < 1e-6
 
 
 def test_no_argument_is_changed() -> None:
@@ -209,14 +217,14 @@ def test_no_argument_is_changed() -> None:
     ablate(x, u[0])
     ablate(x.flatten(0, 1), u)
     mean_difference(x, harmless)
-    promise(x, harmless)
-    share_along(x, u)
+    rank_heuristic(x, harmless)
+    residual_component(x, u)
     assert all(torch.equal(one, copy) for one, copy in zip((x, r, harmless), copies, strict=True))
 
 
 def test_float32_is_the_most_precise_on_mps_only() -> None:
-    assert precise("mps") == torch.float32
-    assert precise("cpu") == precise(torch.device("cuda", 0)) == torch.float64
+    assert widest_dtype("mps") == torch.float32
+    assert widest_dtype("cpu") == widest_dtype(torch.device("cuda", 0)) == torch.float64
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -240,4 +248,4 @@ def test_autocast_does_not_round_an_ablation(rows: bool) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert (x[0] @ x[0].T).dtype == torch.bfloat16  # control
         assert torch.equal(ablate(x, u), expected)
-        assert share_along(expected, u.expand(3, -1)) < 1e-6
+        assert residual_component(expected, u.expand(3, -1)) < 1e-6

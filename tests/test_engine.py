@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from refusal_direction.engine import Candidates, Engine, Kind, Row
+from refusal_direction.engine import Engine, Intervention, Row
 from refusal_direction.engine.hooked import Hooked
 from refusal_direction.engine.layer_major import LayerMajor
+from tests.candidates import at_layers
 from tests.families import D_MODEL, FAMILIES, N_LAYERS, SHARING_FAMILY, build
 from tests.passes import TOLERANCE, Logits, baseline_of, candidates, every_row, farthest, intervened
 from tests.problems import N_POSITIONS, Problem, engine_of, make_problem, solve
@@ -42,8 +43,10 @@ def test_baseline_is_the_models_own_forward(name: str, problem: Problem) -> None
 @some_families
 def test_steering_by_nothing_is_the_baseline(name: str, problem: Problem) -> None:
     engine = engine_of(build(FAMILIES[name]), problem)
-    given = Candidates(torch.zeros(N_LAYERS, D_MODEL), tuple(range(N_LAYERS)))
-    rows = [Row(prompt, Kind.STEERING, layer) for prompt in range(len(problem.inputs)) for layer in range(N_LAYERS)]
+    given = at_layers(torch.zeros(N_LAYERS, D_MODEL), tuple(range(N_LAYERS)))
+    rows = [
+        Row(prompt, Intervention.STEERING, layer) for prompt in range(len(problem.inputs)) for layer in range(N_LAYERS)
+    ]
     steered, plain = intervened(engine, rows, given), baseline_of(engine)
     assert farthest({row: plain[Row(row.prompt)] for row in rows}, steered) < TOLERANCE
 

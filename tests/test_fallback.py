@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from refusal_direction.engine import Candidates, Engine, Kind, Row
+from refusal_direction.engine import Engine, Intervention, Row
 from refusal_direction.engine.interventions import ResidualStream
 from refusal_direction.engine.layer_major import LayerMajor
-from refusal_direction.engine.rows import Lane
+from refusal_direction.engine.rows import LengthGroup
 from refusal_direction.engine.skeleton import Skeleton
 from refusal_direction.errors import UnsupportedModelError
+from tests.candidates import at_layers
 from tests.families import D_MODEL, FAMILIES, N_LAYERS, SHARING_FAMILY, build
 from tests.passes import Logits, candidates, every_row, intervened
 from tests.problems import Problem, differences, engine_of, make_problem, solve, solve_slowly
@@ -49,23 +50,23 @@ def _layer_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows go from layer 0 to layer 2."""
     own = LayerMajor._advance
 
-    def skipping(self: LayerMajor, lane: Lane, index: int, tick: Any) -> None:
+    def skipping(self: LayerMajor, length_group: LengthGroup, index: int, tick: Any) -> None:
         if index != 1:
-            own(self, lane, index, tick)
+            own(self, length_group, index, tick)
 
     monkeypatch.setattr(LayerMajor, "_advance", skipping)
 
 
 def _branches_from(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that enter above layer 0 start from so many times what they should; baseline rows are right."""
-    own = Lane.enter
+    own = LengthGroup.enter
 
-    def entering(self: Lane, layer: int, embedded: Tensor, at_once: int) -> None:
+    def entering(self: LengthGroup, layer: int, embedded: Tensor, at_once: int) -> None:
         own(self, layer, embedded, at_once)
         if layer > 0:
             self.hidden[self.entered(layer - 1) : self.entered(layer)] *= factor
 
-    monkeypatch.setattr(Lane, "enter", entering)
+    monkeypatch.setattr(LengthGroup, "enter", entering)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +157,7 @@ def test_missed_write_is_noticed_whatever_the_directions_dtype(problem: Problem)
     for dtype in (torch.float32, torch.bfloat16):
         engine = Engine(stream, problem.inputs)
         with pytest.raises(UnsupportedModelError, match="a write was missed"):
-            engine.intervene([Row(0, Kind.ABLATION, 0)], Candidates(vectors.to(dtype), (1,)), Logits())
+            engine.intervene([Row(0, Intervention.ABLATION, 0)], at_layers(vectors.to(dtype), (1,)), Logits())
 
 
 def test_missed_write_is_noticed_in_the_hooked_engine_too(problem: Problem) -> None:
@@ -171,7 +172,7 @@ def test_stream_that_is_not_a_number_gives_scores_that_are_none_and_no_leak(prob
     engine, given = engine_of(build(FAMILIES["llama"]), problem), candidates(1)
     own = engine.stream.layers[1].forward
     engine.stream.layers[1].forward = lambda *args, **kwargs: own(*args, **kwargs) * float("nan")
-    row, seen = Row(0, Kind.ABLATION, 0), Logits()
+    row, seen = Row(0, Intervention.ABLATION, 0), Logits()
     engine.intervene([row], given, seen)
     assert seen[row].isnan().all()
 
@@ -187,9 +188,9 @@ def test_stream_that_is_not_a_number_gives_scores_that_are_none_and_no_leak(prob
 )
 def test_short_candidate_is_not_taken_for_a_missed_write(length: float, problem: Problem) -> None:
     r = torch.randn(1, D_MODEL, dtype=torch.float64)
-    given = Candidates(length * r / r.norm(), (1,))
+    given = at_layers(length * r / r.norm(), (1,))
     engine = engine_of(build(FAMILIES["llama"]), problem)
-    assert intervened(engine, [Row(0, Kind.ABLATION, 0)], given)
+    assert intervened(engine, [Row(0, Intervention.ABLATION, 0)], given)
 
 
 def test_leak_is_rounding_where_no_write_is_missed(problem: Problem) -> None:

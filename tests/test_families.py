@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from refusal_direction.engine import Candidates, Kind, Row
+from refusal_direction.engine import Intervention, Row
 from refusal_direction.engine.interventions import ablated
+from tests.candidates import at_layers
 from tests.families import D_MODEL, FAMILIES, N_LAYERS, SHARING_FAMILY, Family, build, layers_of
 from tests.oracles import reference, stream
 from tests.problems import differences, engine_of, known, make_problem, solve, solve_slowly
@@ -87,8 +88,8 @@ def test_stream_in_the_engine_is_orthogonal_at_every_addition(name: str) -> None
     family, problem = FAMILIES[name], make_problem()
     model, u = build(family), random_direction(3)
     engine = engine_of(model, problem, batch_size=4)
-    rows = [Row(prompt, Kind.ABLATION, 0) for prompt in range(len(problem.inputs))]
-    one = Candidates(u.unsqueeze(0), (1,))
+    rows = [Row(prompt, Intervention.ABLATION, 0) for prompt in range(len(problem.inputs))]
+    one = at_layers(u.unsqueeze(0), (1,))
     engine.intervene(rows, one, lambda rows, logits: None)  # tries a shortcut on made-up outputs, which are no stream
     with stream.followed(layers_of(model, family), u) as leaks:
         engine.intervene(rows, one, lambda rows, logits: None)

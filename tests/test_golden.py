@@ -14,9 +14,9 @@ from torch import Tensor
 
 from refusal_direction.config import Config, Thresholds
 from refusal_direction.models.loading import load_chat_model
-from refusal_direction.pipeline import Extraction, extract
+from refusal_direction.pipeline import RunResult, extract
 from refusal_direction.prompts.sets import Prompt, sample_splits
-from refusal_direction.selection import CandidateScore, select
+from refusal_direction.selection.rules import CandidateScore, select
 
 SETS = ("harmful_train", "harmless_train", "harmful_val", "harmless_val")
 SCORES = {"ablation_refusal": "refusal_score", "steering_refusal": "steering_score", "kl_div": "kl_div_score"}
@@ -31,7 +31,7 @@ def load(path: Path) -> Any:
 class Run:
     """What the package found, and where the reference implementation's results for the same model are."""
 
-    extraction: Extraction
+    extraction: RunResult
     expected: Path
 
     def texts(self, members: Sequence[int]) -> list[str]:

@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from refusal_direction import Extraction, cli, extract, inspection
+from refusal_direction import RunResult, cli, extract
+from refusal_direction import estimate as inspection
+from refusal_direction.candidates import Candidates
 from refusal_direction.config import Config, ModelSource, PromptSource, Thresholds
-from refusal_direction.engine import Candidates, Kind, Row
+from refusal_direction.engine import Intervention, Row
 from refusal_direction.engine.skeleton import Skeleton
-from refusal_direction.inspection import Inspection, inspect, token_layers
+from refusal_direction.estimate import Inspection, inspect, token_layers
+from tests.candidates import at_layers
 from tests.families import D_MODEL, FAMILIES, N_LAYERS, build
 from tests.problems import engine_of, make_problem
 
@@ -26,7 +29,7 @@ def found() -> Inspection:
     return inspect(CONFIG)
 
 
-def test_it_says_what_the_run_then_does(found: Inspection, extraction: Extraction) -> None:
+def test_it_says_what_the_run_then_does(found: Inspection, extraction: RunResult) -> None:
     assert found.n_candidates == len(extraction.means)
     assert found.tokens == extraction.tokens
     assert found.engine == extraction.engine
@@ -90,16 +93,18 @@ def test_an_unknown_model_is_an_error(capsys: pytest.CaptureFixture[str], tmp_pa
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "falcon"])
-@pytest.mark.parametrize("kinds", [(Kind.BASELINE,), (Kind.ABLATION,), (Kind.STEERING,), tuple(Kind)])
-def test_token_layers_are_what_goes_through_the_layers(name: str, kinds: tuple[Kind, ...]) -> None:
+@pytest.mark.parametrize(
+    "kinds", [(Intervention.BASELINE,), (Intervention.ABLATION,), (Intervention.STEERING,), tuple(Intervention)]
+)
+def test_token_layers_are_what_goes_through_the_layers(name: str, kinds: tuple[Intervention, ...]) -> None:
     engine = engine_of(build(FAMILIES[name]), make_problem())
     engine.baseline(lambda *_: None, lambda *_: None)
-    given = Candidates(torch.randn(5, D_MODEL), tuple(index % N_LAYERS for index in range(5)))
+    given = at_layers(torch.randn(5, D_MODEL), tuple(index % N_LAYERS for index in range(5)))
     rows = [
-        Row(prompt, kind, -1 if kind is Kind.BASELINE else candidate)
+        Row(prompt, kind, -1 if kind is Intervention.BASELINE else candidate)
         for kind in kinds
         for prompt in range(len(engine.prompts))
-        for candidate in range(1 if kind is Kind.BASELINE else 5)
+        for candidate in range(1 if kind is Intervention.BASELINE else 5)
     ]
     seen: list[int] = []
     stream = engine.stream

@@ -10,7 +10,7 @@ import pytest
 
 FAULTS = """
 import resource, torch
-from refusal_direction.memory import keep_freed
+from refusal_direction.runtime.memory import keep_freed
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from refusal_direction import metrics
-from refusal_direction.metrics import (
+from refusal_direction.scoring import metrics
+from refusal_direction.scoring.metrics import (
     LEAST_REFUSAL,
     entropy,
     kl_divergence,
     kl_floor,
-    refusal_mass,
+    refusal_probability,
     refusal_score,
 )
 
@@ -43,7 +43,7 @@ def test_refusal_score_is_its_formula(values: Tensor) -> None:
     p = softmax(values)[:, [0, 2]].sum(-1)
     expected = np.log(p + 1e-8) - np.log(1 - p + 1e-8)
     np.testing.assert_allclose(refusal_score(values, (0, 2)).numpy(), expected, rtol=1e-6, atol=1e-7)
-    np.testing.assert_allclose(refusal_mass(values, (0, 2)).numpy(), p, rtol=1e-12, atol=1e-300)
+    np.testing.assert_allclose(refusal_probability(values, (0, 2)).numpy(), p, rtol=1e-12, atol=1e-300)
 
 
 @given(logits())
@@ -63,7 +63,7 @@ def test_bounds_of_the_refusal_score_are_reached(certain: int, bound: float) -> 
 
 @given(logits())
 def test_refusal_score_of_half_is_zero_and_is_positive_above(values: Tensor) -> None:
-    p, score = refusal_mass(values, (0,)), refusal_score(values, (0,))
+    p, score = refusal_probability(values, (0,)), refusal_score(values, (0,))
     assert torch.equal(score > 0, p > 0.5)
     even = torch.tensor([[1.0, 1.0, -1e5]])
     assert refusal_score(even, (0,)).item() == pytest.approx(0, abs=1e-12)
@@ -117,7 +117,7 @@ def test_scores_are_computed_in_float64_whatever_the_logits(dtype: torch.dtype) 
     other = (3 * torch.randn(4, 50)).to(dtype)
     for found, exact in (
         (refusal_score(values, (3, 4)), refusal_score(values.double(), (3, 4))),
-        (refusal_mass(values, (3, 4)), refusal_mass(values.double(), (3, 4))),
+        (refusal_probability(values, (3, 4)), refusal_probability(values.double(), (3, 4))),
         (kl_divergence(values, other), kl_divergence(values.double(), other.double())),
     ):
         assert found.dtype == torch.float64
@@ -127,7 +127,7 @@ def test_scores_are_computed_in_float64_whatever_the_logits(dtype: torch.dtype) 
 def test_no_argument_is_changed() -> None:
     p, q = torch.randn(3, 20), torch.randn(3, 20)
     copies = p.clone(), q.clone()
-    _ = refusal_mass(p, (1,)), refusal_score(p, (1,)), kl_divergence(p, q), kl_floor(p), entropy(p)
+    _ = refusal_probability(p, (1,)), refusal_score(p, (1,)), kl_divergence(p, q), kl_floor(p), entropy(p)
     assert torch.equal(p, copies[0])
     assert torch.equal(q, copies[1])
 
@@ -184,7 +184,7 @@ def test_entropy_is_that_of_the_distribution(values: Tensor) -> None:
 
 def test_in_float32_too_a_sure_refusal_has_a_score(monkeypatch: pytest.MonkeyPatch) -> None:
     """There the probabilities of several tokens may add up to more than 1."""
-    monkeypatch.setattr(metrics, "precise", lambda device: torch.float32)
+    monkeypatch.setattr(metrics, "widest_dtype", lambda device: torch.float32)
     torch.manual_seed(0)
     logits = torch.randn(5000, 50)
     tokens = (3, 4, 5)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from refusal_direction import metrics
 from refusal_direction.engine import Engine
 from refusal_direction.engine.interventions import ResidualStream, ablated, steered
+from refusal_direction.scoring import metrics
 from tests.families import D_MODEL, TEXT_FAMILIES, build
 from tests.pretended import MPS, Pretended, pretended_mps
 from tests.problems import N_POSITIONS, Answer, Problem, engine_of, make_problem, solve
@@ -69,7 +69,7 @@ def test_directions_on_the_cpu_serve_a_model_on_the_device() -> None:
 
 
 def test_a_softmax_in_float64_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "precise", lambda device: torch.float64)
+    monkeypatch.setattr(metrics, "widest_dtype", lambda device: torch.float64)
     with pytest.raises(TypeError, match="float64"):
         solve_there(build(TEXT_FAMILIES["llama"]), make_problem(n_train=2, n_val=2))
 

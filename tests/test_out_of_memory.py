@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from refusal_direction.engine import Engine, Kind, Row
+from refusal_direction.engine import Engine, Intervention, Row
 from refusal_direction.engine.hooked import Hooked
-from refusal_direction.engine.rows import Lane
+from refusal_direction.engine.rows import LengthGroup
 from refusal_direction.engine.skeleton import Skeleton
 from refusal_direction.errors import OutOfMemoryError
 from tests.families import FAMILIES, build
@@ -80,10 +80,10 @@ def test_out_of_memory_for_the_hidden_states_is_an_error_with_a_remedy(
 ) -> None:
     engine, given = engine_of(build(FAMILIES["llama"]), problem), candidates(2)
 
-    def enter(self: Lane, layer: int, embedded: Tensor, at_once: int) -> None:
+    def enter(self: LengthGroup, layer: int, embedded: Tensor, at_once: int) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 7 bytes.")
 
-    monkeypatch.setattr(Lane, "enter", enter)
+    monkeypatch.setattr(LengthGroup, "enter", enter)
     with pytest.raises(OutOfMemoryError, match="what all rows hold together. Use a smaller model"):
         engine.intervene(every_row(problem, given), given, Logits())
 
@@ -114,7 +114,7 @@ def test_out_of_memory_never_tries_the_same_rows_again(problem: Problem, caplog:
     """Three rows are far fewer than the limit: half of them is one, not half of the limit."""
     engine, given = engine_of(build(FAMILIES["llama"]), problem), candidates(3)
     asked = _refuses_more_rows_than(engine.stream.layers[1], 2)
-    intervened(engine, [Row(0, Kind.ABLATION, candidate) for candidate in range(3)], given)
+    intervened(engine, [Row(0, Intervention.ABLATION, candidate) for candidate in range(3)], given)
     assert asked.count(3) == 1
     assert "3 rows" in caplog.text
 

@@ -10,13 +10,12 @@ import torch
 
 from refusal_direction import (
     ChatModel,
-    Extraction,
+    RunResult,
     ablated,
     extract,
     load_chat_model,
     load_vision_model,
     pipeline,
-    report,
     steered,
 )
 from refusal_direction.config import VISION_CONFIG, Config, ModelSource, PromptSource, Thresholds
@@ -29,12 +28,13 @@ from refusal_direction.errors import (
     TooFewPromptsError,
     UnsupportedModelError,
 )
+from refusal_direction.output import text as report
 from refusal_direction.prompts import Prompt, PromptSets
 
 FEW = Config(prompts=PromptSource(n_train=16, n_val=8))
 
 
-def with_prompt(extraction: Extraction, text: str) -> PromptSets:
+def with_prompt(extraction: RunResult, text: str) -> PromptSets:
     odd = Prompt("mine/7", text)
     return replace(extraction.prompts, harmful_train=(odd, *extraction.prompts.harmful_train[1:]))
 
@@ -50,7 +50,7 @@ def test_settings_go_with_a_loaded_model(chat: ChatModel):
     assert found.config.model.model_id == "demo"
 
 
-def test_tokens_that_say_nothing_of_refusal_are_warned_of_in_the_results(chat: ChatModel, extraction: Extraction):
+def test_tokens_that_say_nothing_of_refusal_are_warned_of_in_the_results(chat: ChatModel, extraction: RunResult):
     anything = Thresholds(kl=100.0, induce=-100.0)
     config = replace(FEW, refusal_tokens=("a",), skip_filter=True, thresholds=anything)
     (warning,) = extract(chat, config, prompts=extraction.prompts).warnings
@@ -70,7 +70,7 @@ def test_a_model_that_cannot_be_had_is_found_out_before_prompts_are_fetched(
     assert not fetched
 
 
-def test_a_prompt_whose_end_becomes_one_token_with_the_templates_is_refused(chat: ChatModel, extraction: Extraction):
+def test_a_prompt_whose_end_becomes_one_token_with_the_templates_is_refused(chat: ChatModel, extraction: RunResult):
     """Else the mean at that position would be over other tokens."""
     merging = copy.deepcopy(chat.tokenizer)
     merging.add_tokens(["wall\n"])
@@ -94,12 +94,12 @@ def test_what_is_no_chat_model_or_no_prompts_is_explained(chat: ChatModel):
         extract(chat, prompts=[["a"]] * 4)  # type: ignore[arg-type]
 
 
-def test_a_result_is_shown_as_its_table(extraction: Extraction):
+def test_a_result_is_shown_as_its_table(extraction: RunResult):
     assert str(extraction) == report.results(extraction)
     assert len(repr(extraction)) < 3000
 
 
-def test_autocast_around_a_run_changes_nothing(chat: ChatModel, extraction: Extraction):
+def test_autocast_around_a_run_changes_nothing(chat: ChatModel, extraction: RunResult):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = extract(chat, extraction.config, prompts=extraction.prompts)
         lowered = chat.model(torch.arange(5, 9).unsqueeze(0)).logits
@@ -115,7 +115,7 @@ def test_prompts_that_are_the_same_on_both_sides_give_no_candidate(chat: ChatMod
         extract(chat, replace(FEW, search=search, skip_filter=True), prompts=PromptSets(texts, texts, texts, texts))
 
 
-def test_the_probability_of_the_refusal_tokens_is_that_of_each_kind_of_prompts(extraction: Extraction):
+def test_the_probability_of_the_refusal_tokens_is_that_of_each_kind_of_prompts(extraction: RunResult):
     """Train and validation prompts together, whatever the filter left."""
     places, mass = extraction.prompts.indices(), extraction.baseline.mass
     for kind in ("harmful", "harmless"):
@@ -125,7 +125,7 @@ def test_the_probability_of_the_refusal_tokens_is_that_of_each_kind_of_prompts(e
         assert extraction.mass[kind].lower <= extraction.mass[kind].median <= extraction.mass[kind].upper
 
 
-def test_a_half_precision_model_selects_the_same_candidate(chat: ChatModel, extraction: Extraction):
+def test_a_half_precision_model_selects_the_same_candidate(chat: ChatModel, extraction: RunResult):
     half = load_chat_model(ModelSource("demo", dtype="bfloat16"))
     found = extract(half, prompts=extraction.prompts)
     assert (found.selection.score.position, found.selection.score.layer) == (
@@ -137,20 +137,20 @@ def test_a_half_precision_model_selects_the_same_candidate(chat: ChatModel, extr
     assert found.leak < 8e-3
 
 
-def test_a_prompt_longer_than_the_model_takes_is_named(chat: ChatModel, extraction: Extraction):
+def test_a_prompt_longer_than_the_model_takes_is_named(chat: ChatModel, extraction: RunResult):
     with pytest.raises(PromptError, match=r"mine/7 has \d+ tokens, but demo takes 512"):
         extract(chat, prompts=with_prompt(extraction, "bread " * 600))
 
 
 def test_a_tokenizer_of_another_model_is_found_out(
-    chat: ChatModel, extraction: Extraction, monkeypatch: pytest.MonkeyPatch
+    chat: ChatModel, extraction: RunResult, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(chat.model.get_input_embeddings(), "num_embeddings", 300)
     with pytest.raises(TokenizerError, match="do not belong together"):
         extract(chat, prompts=extraction.prompts)
 
 
-def test_a_model_in_training_is_looked_at_as_it_answers_and_trained_on(extraction: Extraction):
+def test_a_model_in_training_is_looked_at_as_it_answers_and_trained_on(extraction: RunResult):
     """Without dropout; afterwards every module is as it was."""
     chat = load_chat_model("demo")
     for layer in chat.model.model.layers:
@@ -163,7 +163,7 @@ def test_a_model_in_training_is_looked_at_as_it_answers_and_trained_on(extractio
     assert [name for name, module in chat.model.named_modules() if not module.training] == ["model.norm"]
 
 
-def test_a_compiled_model_gives_the_same_scores(extraction: Extraction):
+def test_a_compiled_model_gives_the_same_scores(extraction: RunResult):
     chat = load_chat_model("demo")
     chat.model.compile(backend="eager")
     chat.complete(["Name a colour."], 2)
@@ -196,7 +196,7 @@ def test_a_setting_that_makes_no_sense_is_refused_from_python_too(build: Callabl
         build()
 
 
-def test_an_intervention_is_not_measured_as_the_models_own_doing(chat: ChatModel, extraction: Extraction):
+def test_an_intervention_is_not_measured_as_the_models_own_doing(chat: ChatModel, extraction: RunResult):
     r = extraction.direction
     for context in (ablated(chat.model, r.vector), steered(chat.model, r.vector, layer=r.layer)):
         with context, pytest.raises(ConfigurationError, match="End those contexts first"):
@@ -208,7 +208,7 @@ def test_an_empty_set_of_prompts_is_an_error(chat: ChatModel):
         extract(chat, prompts=PromptSets((), (), (), ()))
 
 
-def test_logits_that_are_not_numbers_are_found_out(chat: ChatModel, extraction: Extraction):
+def test_logits_that_are_not_numbers_are_found_out(chat: ChatModel, extraction: RunResult):
     weight = chat.model.model.norm.weight
     own = weight.data.clone()
     weight.data[0] = torch.nan

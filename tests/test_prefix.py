@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import DynamicCache, JambaConfig, JambaForCausalLM
 
-from refusal_direction.engine import Candidates, Engine, Kind, Row
+from refusal_direction.engine import Engine, Intervention, Row
 from refusal_direction.engine.interventions import ResidualStream
 from refusal_direction.engine.layer_major import LayerMajor
-from refusal_direction.engine.prefix import Prefix, common_length, find_prefix
+from refusal_direction.engine.shortcuts.prefix import Prefix, common_length, find_prefix
+from tests.candidates import at_layers
 from tests.families import D_MODEL, FAMILIES, N_LAYERS, TEXT_FAMILIES, VOCAB, build
 from tests.problems import N_POSITIONS, as_inputs, engine_of, make_problem, solve
 
@@ -143,8 +144,10 @@ def tokens_through(module: nn.Module) -> Iterator[list[int]]:
 def test_the_opening_goes_through_once_for_each_intervention(observed: int | None, each: int, once: int) -> None:
     model, problem = build(FAMILIES["llama"]), make_problem()
     engine = engine_of(model, problem, observed_tokens=observed)
-    given = Candidates(torch.randn(4, D_MODEL), (0, 1, 2, 1))
-    rows = [Row(prompt, Kind.ABLATION, candidate) for prompt in range(len(problem.inputs)) for candidate in range(4)]
+    given = at_layers(torch.randn(4, D_MODEL), (0, 1, 2, 1))
+    rows = [
+        Row(prompt, Intervention.ABLATION, candidate) for prompt in range(len(problem.inputs)) for candidate in range(4)
+    ]
     with tokens_through(model.model.layers[0].mlp) as seen:
         engine.intervene(rows, given, lambda *_: None)
     rest = sum(inputs["input_ids"].shape[1] - 3 for inputs in problem.inputs)

@@ -15,9 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from refusal_direction import cli, processes
-from refusal_direction.artifacts import file_names
+from refusal_direction import cli
 from refusal_direction.config import TEXT
+from refusal_direction.output.artifacts import file_names
+from refusal_direction.runtime import processes
 from tests.families import TEXT_FAMILIES, build
 from tests.problems import engine_of, make_problem, solve
 
@@ -111,9 +112,9 @@ def test_shares_are_all_rows_once_in_order_and_of_about_equal_cost(size: int, mo
 def test_one_process_alone_meets_nobody() -> None:
     with processes.joined():
         tensor = torch.ones(3)
-        assert processes.summed(tensor)[0] is tensor
-        assert processes.everywhere(True)
-        assert not processes.everywhere(False)
+        assert processes.all_sum(tensor)[0] is tensor
+        assert processes.all_ranks(True)
+        assert not processes.all_ranks(False)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +169,7 @@ def test_processes_leave_each_other_before_they_end(error: bool) -> None:
     printed = together(f"""
 import torch
 import torch.distributed as distributed
-from refusal_direction import processes
+from refusal_direction.runtime import processes
 
 try:
     with processes.joined():
@@ -186,7 +187,7 @@ def test_what_others_have_set_up_serves_and_stays() -> None:
     printed = together("""
 import torch
 import torch.distributed as distributed
-from refusal_direction import processes
+from refusal_direction.runtime import processes
 
 distributed.init_process_group("gloo")
 with processes.joined():
@@ -200,11 +201,11 @@ distributed.destroy_process_group()
 
 def test_what_one_has_to_say_all_know() -> None:
     first, second = together("""
-from refusal_direction import processes
+from refusal_direction.runtime import processes
 
 with processes.joined():
     first = processes.rank() == 0
-    print(processes.largest(0.25 if first else 0.75), processes.everywhere(True), processes.everywhere(first))
+    print(processes.all_max(0.25 if first else 0.75), processes.all_ranks(True), processes.all_ranks(first))
     print(processes.said_elsewhere(["all"] if first else ["all", "one"]))
 """)
     assert first == "0.75 True False\n['one']\n"
@@ -213,7 +214,7 @@ with processes.joined():
 
 SOLVED = """
 import torch
-from refusal_direction import processes
+from refusal_direction.runtime import processes
 from refusal_direction.engine import Engine
 from tests.families import TEXT_FAMILIES, build
 from tests.problems import engine_of, make_problem, solve

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from refusal_direction import cli
-from refusal_direction.engine import products
-from refusal_direction.engine.products import BlockedWeights, blocked_bytes
+from refusal_direction.engine.shortcuts import products as products
+from refusal_direction.engine.shortcuts.products import BlockedWeights, blocked_bytes
 from tests.families import FAMILIES, build
 from tests.problems import engine_of, make_problem, solve
 
@@ -174,7 +174,7 @@ def test_the_command_line_keeps_few_kernels_unless_the_environment_says_otherwis
 ROUNDS = """
 import torch
 from torch import nn
-from refusal_direction.engine import products
+from refusal_direction.engine.shortcuts import products as products
 {first}
 linear, inputs = nn.Linear(512, 2048), torch.randn(1200, 512)
 with torch.no_grad(), products.BlockedWeights():

@@ -11,13 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from refusal_direction import ChatModel, Extraction, artifacts, extract, report, sweeps
-from refusal_direction.choice import choose
+from refusal_direction import ChatModel, RunResult, extract
 from refusal_direction.config import TEXT, VISION, Config, ModelSource, Rules, Thresholds
-from refusal_direction.engine import Candidates, Kind, Row
-from refusal_direction.metrics import Measure
-from refusal_direction.rounding import Repeats, rounded_otherwise, ties
-from refusal_direction.selection import CandidateScore
+from refusal_direction.engine import Intervention, Row
+from refusal_direction.output import artifacts
+from refusal_direction.output import text as report
+from refusal_direction.scoring import passes as sweeps
+from refusal_direction.scoring.metrics import Measure
+from refusal_direction.scoring.noise import Repeats, rounded_otherwise, ties
+from refusal_direction.selection.rules import CandidateScore
+from refusal_direction.selection.searches import select_direction
+from tests.candidates import at_layers
 from tests.test_choice import scoring_by, setting_of, silent
 from tests.test_search import Problem
 
@@ -79,16 +83,22 @@ def test_a_copy_is_off_by_at_most_one_rounding_and_always_the_same() -> None:
 
 def repeats(order: tuple[int, ...] = tuple(range(20))) -> Repeats:
     def measure(row: Row) -> Measure:
-        return Measure.STEERING if row.kind is Kind.STEERING else Measure.ABLATION if row.prompt < 9 else Measure.KL
+        return (
+            Measure.STEERING
+            if row.kind is Intervention.STEERING
+            else Measure.ABLATION
+            if row.prompt < 9
+            else Measure.KL
+        )
 
-    return Repeats(Candidates(torch.randn(20, 4), tuple(range(20))), torch.float32, order, measure)
+    return Repeats(at_layers(torch.randn(20, 4), tuple(range(20))), torch.float32, order, measure)
 
 
 def rows() -> list[Row]:
     return [
         Row(prompt, kind, candidate)
         for candidate in range(20)
-        for kind, first in ((Kind.ABLATION, 0), (Kind.ABLATION, 9), (Kind.STEERING, 9))
+        for kind, first in ((Intervention.ABLATION, 0), (Intervention.ABLATION, 9), (Intervention.STEERING, 9))
         for prompt in range(first, first + 9)
     ]
 
@@ -156,7 +166,8 @@ def test_a_pruned_search_finds_the_same_ties_as_an_exhaustive_one(
         setting = setting_of(problem, torch.Generator().manual_seed(seed))
         config = Config(thresholds=problem.thresholds)
         every, some = (
-            choose(setting, replace(config, search=search), progress=silent) for search in ("exhaustive", "pruned")
+            select_direction(setting, replace(config, search=search), progress=silent)
+            for search in ("exhaustive", "pruned")
         )
         assert [*astuple(every.noise), *astuple(some.noise)] == pytest.approx([noise] * 6)
         assert some.evaluations < every.evaluations
@@ -176,7 +187,9 @@ def test_among_images_the_finalists_are_compared(monkeypatch: pytest.MonkeyPatch
     for seed in range(40):
         problem = random_problem(random.Random(seed), rules)
         monkeypatch.setattr(sweeps, "score_candidates", scoring_by(problem, 0.1))
-        choice = choose(setting_of(problem, torch.Generator().manual_seed(seed)), Config(rules=rules), progress=silent)
+        choice = select_direction(
+            setting_of(problem, torch.Generator().manual_seed(seed)), Config(rules=rules), progress=silent
+        )
         assert all(choice.selection.dropped[index] != "not among those of lowest KL" for index in choice.ties)
         assert all(
             choice.means[index].ablation_refusal <= choice.selection.score.ablation_refusal + 0.2
@@ -192,11 +205,11 @@ def test_among_images_the_finalists_are_compared(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.fixture(scope="module")
-def rounded(extraction: Extraction) -> Extraction:
+def rounded(extraction: RunResult) -> RunResult:
     return extract("demo", replace(extraction.config, model=ModelSource("demo", dtype="bfloat16")))
 
 
-def test_in_bfloat16_the_same_direction_is_selected_as_in_float32(extraction: Extraction, rounded: Extraction) -> None:
+def test_in_bfloat16_the_same_direction_is_selected_as_in_float32(extraction: RunResult, rounded: RunResult) -> None:
     assert rounded.chat.model.dtype == torch.bfloat16
     places = {rounded.selection.index, *rounded.choice.ties}
     assert extraction.selection.index in places
@@ -204,7 +217,7 @@ def test_in_bfloat16_the_same_direction_is_selected_as_in_float32(extraction: Ex
     assert torch.cosine_similarity(one, other, dim=0) > 0.999
 
 
-def test_the_noise_measured_in_bfloat16_is_that_of_its_rounding(extraction: Extraction, rounded: Extraction) -> None:
+def test_the_noise_measured_in_bfloat16_is_that_of_its_rounding(extraction: RunResult, rounded: RunResult) -> None:
     """Its size is right: most mean scores are no further from those in float32."""
     for name, most in (("ablation_refusal", 0.2), ("steering_refusal", 0.2), ("kl_div", 0.05)):
         noise = getattr(rounded.choice.noise, name)
@@ -215,7 +228,7 @@ def test_the_noise_measured_in_bfloat16_is_that_of_its_rounding(extraction: Extr
         assert off.abs().max() > 0.01 * noise
 
 
-def test_ties_are_named_in_the_metadata_and_at_the_end_of_the_run(extraction: Extraction, tmp_path: Path) -> None:
+def test_ties_are_named_in_the_metadata_and_at_the_end_of_the_run(extraction: RunResult, tmp_path: Path) -> None:
     assert "Tied" not in report.results(extraction)
     index = (extraction.selection.index + 1) % len(extraction.means)
     same = replace(extraction, choice=replace(extraction.choice, ties=(index,)))
@@ -227,5 +240,5 @@ def test_ties_are_named_in_the_metadata_and_at_the_end_of_the_run(extraction: Ex
     assert f"position {score.position}, layer {score.layer}. Another precision" in report.results(same)
 
 
-def test_measuring_it_costs_a_few_rows(chat: ChatModel, extraction: Extraction) -> None:
+def test_measuring_it_costs_a_few_rows(chat: ChatModel, extraction: RunResult) -> None:
     assert extraction.choice.n_repeated == 3 * 16

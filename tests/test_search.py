@@ -19,11 +19,12 @@ from torch import Tensor
 
 from refusal_direction.config import Thresholds
 from refusal_direction.errors import NoCandidateError
-from refusal_direction.metrics import LEAST_REFUSAL, Measure
-from refusal_direction.search import Cell, Conditions, Found, Hints, plan, search
-from refusal_direction.search.table import SLACK, Table
-from refusal_direction.search.verdicts import judge
-from refusal_direction.selection import CandidateScore, Fate, layer_limit, select, select_survivor, survivors
+from refusal_direction.scoring.metrics import LEAST_REFUSAL, Measure
+from refusal_direction.selection.pruned import planner as plan
+from refusal_direction.selection.pruned.bounds import SLACK, Table
+from refusal_direction.selection.pruned.search import Conditions, Found, Hints, ScoreRequest, search
+from refusal_direction.selection.pruned.verdicts import judge
+from refusal_direction.selection.rules import CandidateScore, Rejection, layer_limit, select, select_survivor, survivors
 
 NAN = float("nan")
 KL_FLOOR = -0.01
@@ -85,14 +86,14 @@ class Measuring:
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
-        self.asked: list[list[Cell]] = []
+        self.asked: list[list[ScoreRequest]] = []
 
-    def __call__(self, cells: Sequence[Cell]) -> list[float]:
+    def __call__(self, cells: Sequence[ScoreRequest]) -> list[float]:
         self.asked.append(list(cells))
         return [float(self.problem.scores[cell.measure][cell.candidate, cell.prompt]) for cell in cells]
 
     @property
-    def cells(self) -> list[Cell]:
+    def cells(self) -> list[ScoreRequest]:
         return [cell for cells in self.asked for cell in cells]
 
 
@@ -214,7 +215,7 @@ def test_a_bound_never_exceeds_the_mean_that_it_bounds(seed: int, vision: bool) 
     problem = random_problem(rng, vision=vision)
     table = Table(len(problem), problem.floors())
     everything = [
-        Cell(candidate, measure, prompt)
+        ScoreRequest(candidate, measure, prompt)
         for measure, scores in problem.scores.items()
         for candidate in range(len(problem))
         for prompt in range(scores.shape[1])
@@ -236,7 +237,7 @@ def test_what_is_dropped_early_is_never_selected_later(seed: int, vision: bool) 
     problem = random_problem(rng, vision=vision)
     table, conditions = Table(len(problem), problem.floors()), problem.conditions()
     cells = [
-        Cell(candidate, measure, prompt)
+        ScoreRequest(candidate, measure, prompt)
         for measure, scores in problem.scores.items()
         for candidate in range(len(problem))
         if candidate not in problem.null
@@ -247,8 +248,10 @@ def test_what_is_dropped_early_is_never_selected_later(seed: int, vision: bool) 
     for begin in range(0, len(cells), 7):
         table.enter(cells[begin : begin + 7], Measuring(problem)(cells[begin : begin + 7]))
         fates = judge(table, conditions).fates.tolist()
-        dropped |= {index for index, fate in enumerate(fates) if fate not in (Fate.OPEN, Fate.BEST)}
-        assert not any(fates[index] in (Fate.OPEN, Fate.BEST) for index in dropped if fates[index] != Fate.BEATEN)
+        dropped |= {index for index, fate in enumerate(fates) if fate not in (Rejection.OPEN, Rejection.BEST)}
+        assert not any(
+            fates[index] in (Rejection.OPEN, Rejection.BEST) for index in dropped if fates[index] != Rejection.BEATEN
+        )
     best = judge(table, conditions).best
     assert best is None or best not in dropped
 
@@ -267,7 +270,7 @@ def test_of_equal_ablation_scores_the_first_is_selected() -> None:
     for seed in range(20):
         found, _ = pruned(constant([-5.0] * 4, [0.0] * 4, [-1.0, 1, 1, 1]), random.Random(seed))
         assert found.best == 1
-        assert found.fates[2] == Fate.BEATEN
+        assert found.fates[2] == Rejection.BEATEN
 
 
 def test_the_thresholds_themselves_are_enough() -> None:
@@ -290,13 +293,13 @@ def test_the_last_layers_and_candidates_of_length_zero_are_not_measured() -> Non
     problem = constant([-5.0] * 10, [0.0] * 10, [1.0] * 10, null=frozenset({0}))
     found, measuring = pruned(problem, random.Random(0))
     assert {cell.candidate for cell in measuring.cells} == set(range(1, 8))
-    assert [found.fates[index] for index in (0, 8, 9)] == [Fate.NULL, Fate.LAYER, Fate.LAYER]
+    assert [found.fates[index] for index in (0, 8, 9)] == [Rejection.NULL, Rejection.LAYER, Rejection.LAYER]
 
 
 def test_a_kl_far_above_the_threshold_takes_a_prompt_to_tell() -> None:
     problem = constant([-9.0] + [-5.0] * 4, [8.0] + [0.0] * 4, [1.0] * 5)
     found, measuring = pruned(problem, random.Random(0))
-    assert found.fates[0] == Fate.KL
+    assert found.fates[0] == Rejection.KL
     assert sum(cell.candidate == 0 and cell.measure is Measure.KL for cell in measuring.cells) == 1
 
 
@@ -306,7 +309,7 @@ def test_a_single_nan_ends_the_measuring_of_a_candidate() -> None:
         scores = {**problem.scores, measure: problem.scores[measure].clone()}
         scores[measure][0] = NAN
         found, measuring = pruned(replace(problem, scores=scores), random.Random(0))
-        assert (found.best, found.fates[0]) == (1, Fate.BROKEN)
+        assert (found.best, found.fates[0]) == (1, Rejection.BROKEN)
         assert sum(cell.candidate == 0 for cell in measuring.cells) <= 6  # of 12; the first round is under way
 
 
@@ -322,7 +325,7 @@ def test_only_the_fallbacks_of_images_drop_conditions() -> None:
 def test_of_those_of_lowest_kl_not_even_a_better_one_beyond_the_top_is_selected() -> None:
     problem = constant([-9.0, -5.0, -6.0], [0.09, 0.01, 0.02], [1.0] * 3, top_k=2)
     found, _ = pruned(problem, random.Random(0))
-    assert (found.best, found.fates[0]) == (2, Fate.RANK)
+    assert (found.best, found.fates[0]) == (2, Rejection.RANK)
 
 
 # real models' scores

@@ -11,8 +11,8 @@ from torch import nn
 
 from refusal_direction.engine.arguments import map_tensors
 from refusal_direction.engine.interventions import ResidualStream
+from refusal_direction.engine.shortcuts.token_wise import token_wise_child
 from refusal_direction.engine.skeleton import LayerCall
-from refusal_direction.engine.token_wise import token_wise_child
 from tests.families import TEXT_FAMILIES, build
 from tests.problems import as_inputs
 

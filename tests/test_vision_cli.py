@@ -17,11 +17,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from refusal_direction import cli, extract, load_direction
-from refusal_direction.artifacts import file_names
 from refusal_direction.config import VISION, VISION_CONFIG
 from refusal_direction.models import refusal_tokens
 from refusal_direction.models.loading import load_vision_model
-from refusal_direction.prompts import vision
+from refusal_direction.output.artifacts import file_names
+from refusal_direction.prompts import pairs as vision
 from tests.families import D_MODEL, N_LAYERS
 from tests.processors import save_paligemma2
 
@@ -182,7 +182,7 @@ def test_what_was_relaxed_is_said_and_recorded(run: Run, tmp_path: Path, capsys:
 def test_a_run_that_relaxes_nothing_warns_of_nothing(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(refusal_tokens, "doubt", lambda *args, **kinds: None)
+    monkeypatch.setattr(refusal_tokens, "diagnose", lambda *args, **kinds: None)
     assert run("--kl_threshold", "100", "--induce_threshold", "-50") == 0
     shown = capsys.readouterr()
     assert (shown.err, "may not carry refusal" in shown.out) == ("", False)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from refusal_direction import Extraction, ablated, extract
+from refusal_direction import RunResult, ablated, extract
 from refusal_direction.config import VISION
 from refusal_direction.demo import vision
 from refusal_direction.demo.evaluate import held_out, refusal_rates
@@ -22,7 +22,7 @@ Pairs = dict[str, Sequence[Prompt]]
 
 
 @pytest.fixture(scope="module")
-def found() -> Extraction:
+def found() -> RunResult:
     """A run with every setting at its default."""
     return extract(load_vision_model("demo"))
 
@@ -54,7 +54,7 @@ def test_the_model_is_small():
     assert sum(path.stat().st_size for path in vision.MODEL_DIR.iterdir()) <= 8_000_000
 
 
-def test_selection_needs_no_fallback(found: Extraction):
+def test_selection_needs_no_fallback(found: RunResult):
     score = found.selection.score
     assert found.warnings == ()
     assert score.kl_div <= 0.1
@@ -62,7 +62,7 @@ def test_selection_needs_no_fallback(found: Extraction):
     assert score.layer < int(8 * 0.8)
 
 
-def test_one_direction_carries_refusal_on_held_out_pairs(found: Extraction, unseen: Pairs):
+def test_one_direction_carries_refusal_on_held_out_pairs(found: RunResult, unseen: Pairs):
     rates = refusal_rates(found.chat, found.direction, unseen)
     assert rates.plain["harmful"] >= 0.9
     assert rates.plain["harmless"] <= 0.05
@@ -71,7 +71,7 @@ def test_one_direction_carries_refusal_on_held_out_pairs(found: Extraction, unse
     assert rates.harmless_steered >= 0.8
 
 
-def test_a_random_direction_of_the_same_length_carries_nothing(found: Extraction, unseen: Pairs):
+def test_a_random_direction_of_the_same_length_carries_nothing(found: RunResult, unseen: Pairs):
     """The control: it is this direction, not any."""
     vector = torch.randn(found.direction.vector.shape, generator=torch.Generator().manual_seed(1))
     vector *= found.direction.vector.norm() / vector.norm()
@@ -80,7 +80,7 @@ def test_a_random_direction_of_the_same_length_carries_nothing(found: Extraction
     assert rates.harmless_steered <= 0.2
 
 
-def test_ablated_the_model_answers_as_it_would_about_a_harmless_object(found: Extraction, unseen: Pairs):
+def test_ablated_the_model_answers_as_it_would_about_a_harmless_object(found: RunResult, unseen: Pairs):
     asked = [[prompt.text for prompt in unseen[kind]] for kind in ("harmful", "harmless")]
     expected = found.chat.complete(unseen["harmless"], 12)
     with ablated(found.chat.model, found.direction.vector):

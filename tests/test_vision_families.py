@@ -12,9 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from refusal_direction import engine as engine_module
-from refusal_direction.engine import Candidates, Kind, Row
+from refusal_direction.engine import Intervention, Row
 from refusal_direction.engine.interventions import ablated
 from refusal_direction.errors import UnsupportedModelError
+from tests.candidates import at_layers
 from tests.families import D_MODEL, N_LAYERS, layers_of
 from tests.families.tables import VISION_FAMILIES as EVERY_FAMILY
 from tests.families.vision import IMAGE, SIDE, build_vision, counted_images
@@ -158,8 +159,8 @@ def test_stream_in_the_engine_is_orthogonal_at_every_addition(name: str) -> None
     family = VISION_FAMILIES[name]
     model, u, problem = build_vision(family), random_direction(2), make_vision_problem(family)
     engine = engine_of(model, problem, 4)
-    rows = [Row(prompt, Kind.ABLATION, 0) for prompt in range(len(problem.inputs))]
-    one = Candidates(u.unsqueeze(0), (1,))
+    rows = [Row(prompt, Intervention.ABLATION, 0) for prompt in range(len(problem.inputs))]
+    one = at_layers(u.unsqueeze(0), (1,))
     engine.intervene(rows, one, lambda rows, logits: None)  # tries a shortcut on made-up outputs, which are no stream
     with stream.followed(layers_of(model, family), u) as leaks:
         engine.intervene(rows, one, lambda rows, logits: None)
@@ -227,12 +228,14 @@ def test_the_vision_tower_runs_once_a_prompt_for_the_whole_run(name: str) -> Non
     with counted_images(model, family) as seen:
         engine = engine_of(model, problem, 4)
         rows = [
-            Row(prompt, kind, 0) for prompt in range(len(problem.inputs)) for kind in (Kind.BASELINE, Kind.STEERING)
+            Row(prompt, kind, 0)
+            for prompt in range(len(problem.inputs))
+            for kind in (Intervention.BASELINE, Intervention.STEERING)
         ]
         solve(engine, problem)
     assert len(problem.inputs) <= sum(seen) <= len(problem.inputs) + MORE_IMAGES
     with counted_images(model, family) as more:
-        engine.intervene(rows, Candidates(random_direction(0).unsqueeze(0), (1,)), lambda rows, logits: None)
+        engine.intervene(rows, at_layers(random_direction(0).unsqueeze(0), (1,)), lambda rows, logits: None)
     assert more == []
 
 

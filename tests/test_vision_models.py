@@ -29,7 +29,7 @@ from refusal_direction.models.loading import load_vision_model
 from refusal_direction.models.vision import VisionChatModel
 from refusal_direction.prompts import Prompt
 from refusal_direction.prompts.images import UnusableImageError, usable
-from refusal_direction.scoring import measure_baseline
+from refusal_direction.scoring.scores import measure_baseline
 from tests.families import D_MODEL, N_LAYERS, layers_of
 from tests.families.tables import VISION_FAMILIES
 from tests.families.vision import SIDE
@@ -149,7 +149,7 @@ def test_the_first_token_of_a_completion_is_the_one_that_the_engine_scores(
     """What is scored is what would be generated: masks and positions of a plain forward are those of generation."""
     chat, prompts = chats[name], [prompt(), prompt("Why?", width=3 * SIDE, colour="green"), prompt("Who made it?")]
     engine = Engine(ResidualStream(chat.model), [chat.inputs(one) for one in prompts], batch_size=2)
-    tokens = refusal_tokens.chosen(chat, (), VISION)
+    tokens = refusal_tokens.resolve(chat, (), VISION)
     baseline = measure_baseline(
         engine, tokens, n_positions=chat.n_positions, activations_of=[0, 1, 2], logits_of=[0, 1, 2]
     )
@@ -219,7 +219,7 @@ def test_braces_in_a_question_are_left_alone(chats: dict[str, VisionChatModel]) 
 def test_refusal_tokens_are_the_first_of_the_eight_phrases(name: str, chats: dict[str, VisionChatModel]) -> None:
     chat = chats[name]
     firsts = [chat.tokenizer(phrase, add_special_tokens=False)["input_ids"][0] for phrase in PHRASES]
-    chosen = refusal_tokens.chosen(chat, (), VISION)
+    chosen = refusal_tokens.resolve(chat, (), VISION)
     assert chosen.ids == tuple(dict.fromkeys(firsts))
     assert len(chosen.ids) > 1
     assert set(chosen.texts) == {"I", "Sorry", "No", "As"}
@@ -251,11 +251,11 @@ def test_calibration_joins_tokens_that_begin_three_tenths_of_the_replies(
 ) -> None:
     chat = chats["paligemma2"]
     replying(monkeypatch, replies)
-    phrases = refusal_tokens.chosen(chat, (), VISION).ids
-    calibrated = refusal_tokens.calibrated(chat, [prompt()] * len(replies), VISION)
+    phrases = refusal_tokens.resolve(chat, (), VISION).ids
+    calibrate = refusal_tokens.calibrate(chat, [prompt()] * len(replies), VISION)
     first = {text: chat.tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in joined}
-    assert calibrated.ids[: len(phrases)] == phrases
-    assert set(calibrated.ids[len(phrases) :]) == set(first.values())
+    assert calibrate.ids[: len(phrases)] == phrases
+    assert set(calibrate.ids[len(phrases) :]) == set(first.values())
     assert not set(first.values()) & set(phrases)
 
 
@@ -264,7 +264,7 @@ def test_calibration_asks_at_most_twenty_harmful_pairs(
 ) -> None:
     asked = replying(monkeypatch, ["We"] * 30)
     pairs = [prompt(f"question {number}") for number in range(30)]
-    tokens = refusal_tokens.calibrated(chats["paligemma2"], pairs, VISION)
+    tokens = refusal_tokens.calibrate(chats["paligemma2"], pairs, VISION)
     assert asked == pairs[:20]
     assert "of 20 harmful prompts" in tokens.source
 
@@ -274,7 +274,7 @@ def test_calibration_of_images_never_fails_for_want_of_refusals(
 ) -> None:
     replying(monkeypatch, [""] * 3)
     chat = chats["paligemma2"]
-    assert refusal_tokens.calibrated(chat, [prompt()] * 3, VISION).ids == refusal_tokens.chosen(chat, (), VISION).ids
+    assert refusal_tokens.calibrate(chat, [prompt()] * 3, VISION).ids == refusal_tokens.resolve(chat, (), VISION).ids
 
 
 def test_a_text_model_is_refused(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from refusal_direction.errors import DownloadError, PromptFileError, TooFewPromptsError
-from refusal_direction.prompts import Prompt, vision
+from refusal_direction.prompts import Prompt
+from refusal_direction.prompts import pairs as vision
 from refusal_direction.prompts.images import UnusableImageError, usable
 
 
@@ -275,4 +276,4 @@ def test_too_few_pairs_are_an_error():
 def test_warnings_are_of_the_package(caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.WARNING), pytest.raises(DownloadError):
         vision.harmful_pairs("/nowhere")
-    assert {record.name for record in caplog.records} == {"refusal_direction.prompts.vision"}
+    assert {record.name for record in caplog.records} == {"refusal_direction.prompts.pairs"}

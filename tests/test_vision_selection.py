@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from refusal_direction.config import VISION, Thresholds
 from refusal_direction.errors import NoCandidateError
-from refusal_direction.selection import CandidateScore, keep_fitting, select_survivor, survivors
+from refusal_direction.selection.rules import CandidateScore, keep_fitting, select_survivor, survivors
 
 NAN = float("nan")
 N_LAYERS = 10
@@ -133,7 +133,7 @@ def test_the_kl_is_relaxed_with_a_warning_and_only_then(
 def test_the_warning_of_a_relaxed_kl_says_what_was_relaxed(caplog: pytest.LogCaptureFixture) -> None:
     survivors(scored([0.2, 0.3]), N_LAYERS, thresholds=Thresholds(kl=0.05, prune_layers=0.5), top_k=15)
     assert [(record.levelno, record.name) for record in caplog.records] == [
-        (logging.WARNING, "refusal_direction.selection")
+        (logging.WARNING, "refusal_direction.selection.rules")
     ]
     assert caplog.messages == ["No candidate has a KL of 0.05 or less below layer 5; those of lowest KL are used."]
 

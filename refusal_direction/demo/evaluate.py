@@ -18,7 +18,7 @@ from refusal_direction.demo import PROMPTS_DIR
 from refusal_direction.engine.interventions import ablated, steered
 from refusal_direction.models.chat import ChatModel
 from refusal_direction.models.refusal_tokens import is_refusal
-from refusal_direction.pipeline import Direction, Extraction, extract
+from refusal_direction.pipeline import Direction, RunResult, extract
 from refusal_direction.prompts.files import read_prompts
 from refusal_direction.prompts.sets import Prompt
 
@@ -58,7 +58,7 @@ def refusal_rates(chat: ChatModel, direction: Direction, prompts: Mapping[str, S
     return RefusalRates(plain, harmful_ablated, harmless_steered)
 
 
-def report(extraction: Extraction) -> str:
+def report(extraction: RunResult) -> str:
     """What was selected, and how many of the held-out prompts are refused, in words."""
     chosen, prompts = extraction.selection.score, held_out(extraction.config.rules)
     rates = refusal_rates(extraction.chat, extraction.direction, prompts)

@@ -11,19 +11,20 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from refusal_direction.candidates import CandidateLabel, Candidates
 from refusal_direction.engine.budget import Budget
 from refusal_direction.engine.hooked import Hooked
 from refusal_direction.engine.interventions import ResidualStream
 from refusal_direction.engine.layer_major import Consume, LayerMajor, Observe, Tick, silent
 from refusal_direction.engine.residency import resident
-from refusal_direction.engine.rows import Candidates, Kind, Row
+from refusal_direction.engine.rows import Intervention, Row
 from refusal_direction.engine.skeleton import shape_of
 from refusal_direction.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-__all__ = ["Candidates", "Engine", "Kind", "Row", "Tick", "silent"]
+__all__ = ["Engine", "Intervention", "Row", "Tick", "silent"]
 
 log = logging.getLogger(__name__)
 
@@ -151,8 +152,8 @@ class Engine:
 
     def rehearse(self) -> None:
         """Run a few prompts as the first pass would, so that the engine is the one that a run ends up with."""
-        witness = self._witness(range(len(self.prompts)))
-        shape = shape_of(self.prompts[witness])
+        reference_prompt = self._witness(range(len(self.prompts)))
+        shape = shape_of(self.prompts[reference_prompt])
         alike = [prompt for prompt, inputs in enumerate(self.prompts) if shape_of(inputs) == shape]
         self.baseline(lambda rows, logits: None, lambda layer, rows, hidden: None, prompts=alike[:4])
 
@@ -170,23 +171,28 @@ class Engine:
 
         The prompt also goes through as a row that branches off half-way with nothing added: it must come out alike.
         """
-        witness = self._witness([row.prompt for row in rows])
+        reference_prompt = self._witness([row.prompt for row in rows])
         d_model = self.stream.skeleton.d_model
-        nothing = Candidates(torch.zeros(1, d_model), (len(self.stream.layers) // 2,))
-        branch = Row(witness, Kind.STEERING, 0)
+        nothing = Candidates(torch.zeros(1, d_model), (CandidateLabel("none", len(self.stream.layers) // 2),))
+        branch = Row(reference_prompt, Intervention.STEERING, 0)
         seen: list[Tensor] = []
 
         def watch(some: list[Row], logits: Tensor) -> None:
-            seen.extend(logits[i] for i, row in enumerate(some) if row.prompt == witness)
+            seen.extend(logits[i] for i, row in enumerate(some) if row.prompt == reference_prompt)
             ours = [i for i, row in enumerate(some) if row is not branch]
             if ours:
                 consume([some[i] for i in ours], logits[ours])
 
-        testimony = runner.run(
-            [*rows, branch], consume=watch, candidates=nothing, observe=observe, tick=tick, witness=witness
+        reference_logits = runner.run(
+            [*rows, branch],
+            consume=watch,
+            candidates=nothing,
+            observe=observe,
+            tick=tick,
+            reference_prompt=reference_prompt,
         )
-        assert testimony is not None, "the first pass ran without its witness"
-        theirs = testimony.cpu().float()
+        assert reference_logits is not None, "the first pass ran without its witness"
+        theirs = reference_logits.cpu().float()
         return max(_distance(logits.to(theirs), theirs) for logits in seen)
 
     def intervene(self, rows: Sequence[Row], candidates: Candidates, consume: Consume, *, tick: Tick = silent) -> None:
@@ -205,7 +211,7 @@ class Engine:
     def depth(self, row: Row, candidates: Candidates | None) -> int:
         """How many layers a row goes through: steered rows branch off at their own, unless forwards are hooked."""
         n_layers = len(self.stream.layers)
-        if candidates is None or row.kind is not Kind.STEERING or not self._runner.branches:
+        if candidates is None or row.kind is not Intervention.STEERING or not self._runner.branches:
             return n_layers
         return n_layers - candidates.layers[row.candidate]
 

@@ -13,10 +13,10 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 from transformers import PreTrainedModel
 
-from refusal_direction.engine import products
+from refusal_direction.engine.shortcuts import products as products
 from refusal_direction.errors import ConfigurationError, OutOfMemoryError
-from refusal_direction.memory import free_bytes, keep_freed
 from refusal_direction.models.placement import execution_device, is_offloaded
+from refusal_direction.runtime.memory import free_bytes, keep_freed
 
 __all__ = ["Budget", "halving", "must_fit"]
 

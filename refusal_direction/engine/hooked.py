@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from refusal_direction.directions import share_along, unit
+from refusal_direction.candidates import Candidates
+from refusal_direction.directions import residual_component, unit
 from refusal_direction.engine.budget import Budget, halving
 from refusal_direction.engine.interventions import ResidualStream
 from refusal_direction.engine.layer_major import Consume, Observe, Tick, silent
-from refusal_direction.engine.rows import Candidates, Kind, Row
+from refusal_direction.engine.rows import Intervention, Row
 from refusal_direction.engine.skeleton import hidden_states_of, shape_of
 
 __all__ = ["Hooked"]
@@ -89,18 +90,22 @@ class Hooked:
         """Rows of one shape and one kind; steered rows of one layer."""
         together: dict[Any, list[Row]] = {}
         for row in rows:
-            layer = None if candidates is None or row.kind is not Kind.STEERING else candidates.layers[row.candidate]
+            layer = (
+                None
+                if candidates is None or row.kind is not Intervention.STEERING
+                else candidates.layers[row.candidate]
+            )
             together.setdefault((shape_of(self.prompts[row.prompt]), row.kind, layer), []).append(row)
         yield from together.values()
 
     @contextmanager
     def _intervention(self, rows: list[Row], candidates: Candidates | None) -> Iterator[None]:
         kind = rows[0].kind
-        if candidates is None or kind is Kind.BASELINE:
+        if candidates is None or kind is Intervention.BASELINE:
             yield
             return
         vectors = candidates.vectors[[row.candidate for row in rows]]
-        if kind is Kind.STEERING:
+        if kind is Intervention.STEERING:
             with self.stream.steered(vectors, candidates.layers[rows[0].candidate]):
                 yield
             return
@@ -110,7 +115,7 @@ class Hooked:
     @contextmanager
     def _watching_for_leaks(self, u: Tensor) -> Iterator[None]:
         def see(module: nn.Module, args: Any, output: Any) -> None:
-            self.leak = max(self.leak, share_along(hidden_states_of(output), u))
+            self.leak = max(self.leak, residual_component(hidden_states_of(output), u))
 
         with ExitStack() as hooks:
             for layer in self.stream.layers:

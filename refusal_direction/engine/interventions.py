@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from refusal_direction.directions import ablate, in_own_dtype, precise, unit
+from refusal_direction.directions import ablate, in_own_dtype, unit, widest_dtype
 from refusal_direction.engine.residency import resident
 from refusal_direction.engine.skeleton import Prelude, Skeleton
 from refusal_direction.models.layers import find_layers, unwrapped
@@ -152,7 +152,7 @@ def _checked(vector: Tensor, d_model: int) -> Tensor:
         )
     if not vector.is_floating_point() or not vector.isfinite().all():
         raise ValueError("A direction must be of finite floating-point numbers.")
-    return vector.to(precise(vector.device))
+    return vector.to(widest_dtype(vector.device))
 
 
 def _ablate_output(site: WriteSite, u: Tensor) -> Callable[..., Any]:

@@ -15,16 +15,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from refusal_direction.directions import ablate, share_along
+from refusal_direction.candidates import Candidates
+from refusal_direction.directions import ablate, residual_component
 from refusal_direction.engine.arguments import batch_axes, concatenate, take_rows
 from refusal_direction.engine.budget import Budget, halving, must_fit
 from refusal_direction.engine.interventions import ResidualStream
-from refusal_direction.engine.prefix import find_prefix
-from refusal_direction.engine.products import BlockedWeights
 from refusal_direction.engine.residency import resident
-from refusal_direction.engine.rows import Candidates, Kind, Lane, Row, Tables, lay_out
+from refusal_direction.engine.rows import Intervention, LengthGroup, Row, Tables, lay_out
+from refusal_direction.engine.shortcuts.prefix import find_prefix
+from refusal_direction.engine.shortcuts.products import BlockedWeights
+from refusal_direction.engine.shortcuts.token_wise import last_token, token_wise_child
 from refusal_direction.engine.skeleton import LayerCall, Prelude, hidden_states_of, replaced_forwards, shape_of
-from refusal_direction.engine.token_wise import last_token, token_wise_child
 from refusal_direction.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -112,9 +113,9 @@ class LayerMajor:
         """How many tokens all prompts begin with that are run apart."""
         return 0 if self._prefix is None else self._prefix.ids.shape[1]
 
-    def _tokens_of(self, lane: Lane) -> int:
+    def _tokens_of(self, length_group: LengthGroup) -> int:
         """How many tokens a row of it has."""
-        return self._groups[lane.group].prelude.hidden.shape[1]
+        return self._groups[length_group.group].prelude.hidden.shape[1]
 
     def _length(self, prompt: int) -> int:
         return self.prompts[prompt]["input_ids"].shape[-1]
@@ -159,7 +160,7 @@ class LayerMajor:
         candidates: Candidates | None = None,
         observe: Observe | None = None,
         tick: Tick = silent,
-        witness: int | None = None,
+        reference_prompt: int | None = None,
     ) -> Tensor | None:
         """Run rows through the whole model, in as few passes over the weights as memory allows.
 
@@ -175,19 +176,19 @@ class LayerMajor:
         Returns the witness's logits (vocab,) by the model's own forward, if there is one.
         """
         tables = Tables.of(candidates, self._groups[0].prelude.hidden)
-        testimony = None
+        reference_logits = None
         for some in self.parts(rows):
-            lanes = list(lay_out(some, self._places, candidates, tables=tables))
-            step = self._step(lanes, self._lead(some, lanes, candidates, tables), observe, tick)
+            length_groups = list(lay_out(some, self._places, candidates, tables=tables))
+            step = self._step(length_groups, self._lead(some, length_groups, candidates, tables), observe, tick)
             with self.skeleton.held:  # layers kept in memory for the probes are released after the first pass
-                if witness is not None and testimony is None:
-                    testimony = self._alongside(witness, step)
+                if reference_prompt is not None and reference_logits is None:
+                    reference_logits = self._alongside(reference_prompt, step)
                 else:
                     for index in range(len(self.stream.layers)):
                         with resident(self.stream.layers[index]):
                             step(index)
-            self._finish(lanes, consume)
-        return testimony
+            self._finish(length_groups, consume)
+        return reference_logits
 
     def parts(self, rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
         """The rows as they go through together: each part is a pass over the weights of its own."""
@@ -204,19 +205,19 @@ class LayerMajor:
         ]
 
     def _lead(
-        self, rows: Sequence[Row], lanes: list[Lane], candidates: Candidates | None, tables: Tables
-    ) -> Lane | None:
+        self, rows: Sequence[Row], length_groups: list[LengthGroup], candidates: Candidates | None, tables: Tables
+    ) -> LengthGroup | None:
         """The lane of the common prefix, one row an intervention; the other lanes learn which of them is theirs."""
         if self._prefix is None:
             return None
         apart = dict.fromkeys(replace(row, prompt=_LEAD) for row in rows)
-        (lane,) = lay_out(list(apart), self._places, candidates, tables=tables)
-        place = {row: index for index, row in enumerate(lane.rows)}
-        trunk = 0  # where steered rows branch off without a baseline row that is asked for, it stands first
-        for other in lanes:
+        (length_group,) = lay_out(list(apart), self._places, candidates, tables=tables)
+        place = {row: index for index, row in enumerate(length_group.rows)}
+        branch_point = 0  # where steered rows branch off without a baseline row that is asked for, it stands first
+        for other in length_groups:
             own = (None if row is None else place[replace(row, prompt=_LEAD)] for row in other.rows)
-            other.leads = torch.tensor([trunk if index is None else index for index in own])
-        return lane
+            other.leads = torch.tensor([branch_point if index is None else index for index in own])
+        return length_group
 
     def _alongside(self, prompt: int, step: Callable[[int], None]) -> Tensor:
         """Let the model's own forward of one prompt drive a pass: each layer, once in memory, serves both."""
@@ -242,94 +243,110 @@ class LayerMajor:
         with replaced_forwards(layers, driving), must_fit():
             return self.skeleton.forward(**self.prompts[prompt]).logits[0, -1]
 
-    def _step(self, lanes: list[Lane], lead: Lane | None, observe: Observe | None, tick: Tick) -> Callable[[int], None]:
+    def _step(
+        self, length_groups: list[LengthGroup], lead: LengthGroup | None, observe: Observe | None, tick: Tick
+    ) -> Callable[[int], None]:
         def step(index: int) -> None:
-            tokens = sum(lane.entered(index) * self._tokens_of(lane) for lane in lanes)
+            tokens = sum(length_group.entered(index) * self._tokens_of(length_group) for length_group in length_groups)
             with BlockedWeights() if self.budget.blocks(tokens) else nullcontext():
                 if lead is not None and self._prefix is not None:
                     with must_fit():
                         lead.enter(index, self._groups[lead.group].prelude.hidden, self.budget.rows(self.shared))
                     self._advance(lead, index, silent)
                     self._prefix.hand_over()
-                for lane in lanes:
-                    self._through_layer(lane, index, observe, tick)
+                for length_group in length_groups:
+                    self._through_layer(length_group, index, observe, tick)
 
         return step
 
-    def _through_layer(self, lane: Lane, index: int, observe: Observe | None, tick: Tick) -> None:
-        prelude = self._groups[lane.group].prelude
-        self._add_change(lane, index, prelude.calls[index].change)
+    def _through_layer(self, length_group: LengthGroup, index: int, observe: Observe | None, tick: Tick) -> None:
+        prelude = self._groups[length_group.group].prelude
+        self._add_change(length_group, index, prelude.calls[index].change)
         with must_fit():
-            lane.enter(index, prelude.hidden, self.budget.rows(prelude.hidden.shape[1]))
+            length_group.enter(index, prelude.hidden, self.budget.rows(prelude.hidden.shape[1]))
         if observe is not None:
-            baseline = [row for row in lane.rows[: lane.n_baseline] if row is not None]
-            observe(index, baseline, lane.hidden[: len(baseline)])
-        self._advance(lane, index, tick)
+            baseline = [row for row in length_group.rows[: length_group.n_baseline] if row is not None]
+            observe(index, baseline, length_group.hidden[: len(baseline)])
+        self._advance(length_group, index, tick)
 
-    def _add_change(self, lane: Lane, index: int, change: Tensor | None) -> None:
+    def _add_change(self, length_group: LengthGroup, index: int, change: Tensor | None) -> None:
         if change is None:
             return
 
         def through(rows: slice) -> None:
-            changed = lane.hidden[rows] + change[lane.places[rows]]
-            lane.hidden[rows] = ablate(changed, lane.units(rows)) if lane.any_ablated else changed
+            changed = length_group.hidden[rows] + change[length_group.places[rows]]
+            length_group.hidden[rows] = (
+                ablate(changed, length_group.units(rows)) if length_group.any_ablated else changed
+            )
 
-        halving(through, lane.entered(index - 1), self.budget, limit=lambda: self.budget.rows(lane.hidden.shape[1]))
+        halving(
+            through,
+            length_group.entered(index - 1),
+            self.budget,
+            limit=lambda: self.budget.rows(length_group.hidden.shape[1]),
+        )
 
-    def _advance(self, lane: Lane, index: int, tick: Tick) -> None:
-        layer, group = self.stream.layers[index], self._groups[lane.group]
+    def _advance(self, length_group: LengthGroup, index: int, tick: Tick) -> None:
+        layer, group = self.stream.layers[index], self._groups[length_group.group]
         call, axes = group.prelude.calls[index], self._axes[index]
 
         def through(rows: slice) -> None:
             args, kwargs, _ = take_rows(
-                (call.args, call.kwargs, None), axes, lane.places[rows], prompts=len(group.prompts)
+                (call.args, call.kwargs, None), axes, length_group.places[rows], prompts=len(group.prompts)
             )
             if self._prefix is not None:
-                self._prefix.serve(lane.leads, rows)
-            with self._intervention(lane, index, rows), self._shortcut(index, lane, LayerCall(args, kwargs), rows):
-                output = hidden_states_of(layer(lane.hidden[rows], *args, **kwargs))
-            lane.hidden[rows] = output
-            tick(sum(row is not None for row in lane.rows[rows]))
+                self._prefix.serve(length_group.leads, rows)
+            with (
+                self._intervention(length_group, index, rows),
+                self._shortcut(index, length_group, LayerCall(args, kwargs), rows),
+            ):
+                output = hidden_states_of(layer(length_group.hidden[rows], *args, **kwargs))
+            length_group.hidden[rows] = output
+            tick(sum(row is not None for row in length_group.rows[rows]))
 
-        entered = lane.entered(index)
+        entered = length_group.entered(index)
         if entered:
-            halving(through, entered, self.budget, limit=lambda: self.budget.rows(lane.hidden.shape[1]))
-            self._watch_for_leaks(lane, entered)
+            halving(through, entered, self.budget, limit=lambda: self.budget.rows(length_group.hidden.shape[1]))
+            self._watch_for_leaks(length_group, entered)
 
     @contextmanager
-    def _shortcut(self, index: int, lane: Lane, call: LayerCall, rows: slice) -> Iterator[None]:
+    def _shortcut(self, index: int, length_group: LengthGroup, call: LayerCall, rows: slice) -> Iterator[None]:
         """In the last layer the MLP sees the last token alone, where that is found to change nothing."""
         if index < len(self.stream.layers) - 1:
             yield
             return
-        if not self._looked and lane.hidden.shape[1] > 1:
-            self._token_wise = token_wise_child(self.stream.layers[index], call, lane.hidden[rows])
+        if not self._looked and length_group.hidden.shape[1] > 1:
+            self._token_wise = token_wise_child(self.stream.layers[index], call, length_group.hidden[rows])
             self._looked = True
         with ExitStack() as hooks:
             if self._token_wise is not None:
                 hooks.callback(self._token_wise.register_forward_pre_hook(last_token).remove)
             yield
 
-    def _intervention(self, lane: Lane, index: int, rows: slice) -> AbstractContextManager[None]:
-        return self.stream.ablating(index, lane.units(rows)) if lane.any_ablated else nullcontext()
+    def _intervention(self, length_group: LengthGroup, index: int, rows: slice) -> AbstractContextManager[None]:
+        return self.stream.ablating(index, length_group.units(rows)) if length_group.any_ablated else nullcontext()
 
-    def _watch_for_leaks(self, lane: Lane, entered: int) -> None:
+    def _watch_for_leaks(self, length_group: LengthGroup, entered: int) -> None:
         """Check on a few ablated rows that nothing along u has come back into the stream."""
         ablated = [
-            index for index, row in enumerate(lane.rows[:entered]) if row is not None and row.kind is Kind.ABLATION
+            index
+            for index, row in enumerate(length_group.rows[:entered])
+            if row is not None and row.kind is Intervention.ABLATION
         ]
         some = ablated[:: max(1, len(ablated) // 4)]
         if some:
-            units = lane.tables.units[lane.ablated[some]]
-            self.leak = max(self.leak, share_along(lane.hidden[some], units))
+            units = length_group.tables.units[length_group.ablated[some]]
+            self.leak = max(self.leak, residual_component(length_group.hidden[some], units))
 
-    def _finish(self, lanes: list[Lane], consume: Consume) -> None:
+    def _finish(self, length_groups: list[LengthGroup], consume: Consume) -> None:
         """Final norm and head for the last position of every row."""
-        rows = [row for lane in lanes for row in lane.rows if row is not None]
+        rows = [row for length_group in length_groups for row in length_group.rows if row is not None]
         if not rows:
             return
-        last = torch.cat([lane.hidden[[row is not None for row in lane.rows], -1] for lane in lanes])
-        lanes.clear()
+        last = torch.cat(
+            [length_group.hidden[[row is not None for row in length_group.rows], -1] for length_group in length_groups]
+        )
+        length_groups.clear()
         token = int(self.prompts[rows[0].prompt]["input_ids"][0, -1])
 
         def through(some: slice) -> None:

@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from refusal_direction.candidates import Candidates
 from refusal_direction.directions import ablate, unit
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-__all__ = ["Candidates", "Kind", "Lane", "Row", "Tables", "lay_out"]
+__all__ = ["Intervention", "LengthGroup", "Row", "Tables", "lay_out"]
 
 
-class Kind(Enum):
+class Intervention(Enum):
     """What is done to a row: nothing, directional ablation, or activation addition (steering)."""
 
     BASELINE = "baseline"
@@ -37,22 +38,8 @@ class Row:
     """One prompt (its index) under one intervention by one candidate (its index; -1 for the baseline)."""
 
     prompt: int
-    kind: Kind = Kind.BASELINE
+    kind: Intervention = Intervention.BASELINE
     candidate: int = -1
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """Directions r, and the layer at whose input each was measured and is added."""
-
-    vectors: Float[Tensor, "candidate d_model"]
-    layers: tuple[int, ...]
-
-    @classmethod
-    def of(cls, grid: Float[Tensor, "position layer d_model"]) -> Candidates:
-        """A candidate for each position and layer, in (position, layer) order."""
-        n_positions, n_layers, _ = grid.shape
-        return cls(grid.flatten(0, 1), tuple(range(n_layers)) * n_positions)
 
 
 @dataclass(frozen=True)
@@ -76,7 +63,7 @@ class Tables:
 
 
 @dataclass
-class Lane:
+class LengthGroup:
     """Rows of equal length, on their way through the layers."""
 
     group: int
@@ -100,11 +87,11 @@ class Lane:
     @property
     def n_baseline(self) -> int:
         """Rows that are run as they are and asked for; they stand first."""
-        return sum(row is not None and row.kind is Kind.BASELINE for row in self.rows)
+        return sum(row is not None and row.kind is Intervention.BASELINE for row in self.rows)
 
     @property
     def any_ablated(self) -> bool:
-        return any(row is not None and row.kind is Kind.ABLATION for row in self.rows)
+        return any(row is not None and row.kind is Intervention.ABLATION for row in self.rows)
 
     def entered(self, layer: int) -> int:
         """How many rows are under way once those that start at `layer` have entered."""
@@ -131,7 +118,7 @@ class Lane:
 
 def lay_out(
     rows: Sequence[Row], placed: Mapping[int, tuple[int, int]], candidates: Candidates | None, *, tables: Tables
-) -> Iterator[Lane]:
+) -> Iterator[LengthGroup]:
     """Sort rows into lanes. `placed[prompt]` is the prompt's group (prompts of equal length) and its place there."""
     by_group: dict[int, list[Row]] = {}
     for row in rows:
@@ -141,21 +128,25 @@ def lay_out(
         yield _lane(group, members, {row.prompt: placed[row.prompt][1] for row in members}, layers, tables)
 
 
-def _lane(group: int, members: list[Row], places: dict[int, int], layers: tuple[int, ...], tables: Tables) -> Lane:
-    baseline = [row for row in members if row.kind is Kind.BASELINE]
-    ablated = [row for row in members if row.kind is Kind.ABLATION]
-    steered = sorted((row for row in members if row.kind is Kind.STEERING), key=lambda row: layers[row.candidate])
+def _lane(
+    group: int, members: list[Row], places: dict[int, int], layers: tuple[int, ...], tables: Tables
+) -> LengthGroup:
+    baseline = [row for row in members if row.kind is Intervention.BASELINE]
+    ablated = [row for row in members if row.kind is Intervention.ABLATION]
+    steered = sorted(
+        (row for row in members if row.kind is Intervention.STEERING), key=lambda row: layers[row.candidate]
+    )
     there = dict.fromkeys(row.prompt for row in baseline)
     missing = [prompt for prompt in dict.fromkeys(row.prompt for row in steered) if prompt not in there]
-    trunk = {prompt: index for index, prompt in enumerate([*there, *missing])}  # what steered rows branch off
-    prompts = [*trunk, *(row.prompt for row in (*ablated, *steered))]
-    none, n_trunk = len(tables.units) - 1, len(trunk)
-    return Lane(
+    branch_point = {prompt: index for index, prompt in enumerate([*there, *missing])}  # what steered rows branch off
+    prompts = [*branch_point, *(row.prompt for row in (*ablated, *steered))]
+    none, n_trunk = len(tables.units) - 1, len(branch_point)
+    return LengthGroup(
         group=group,
         rows=[*baseline, *(None for _ in missing), *ablated, *steered],
         places=torch.tensor([places[prompt] for prompt in prompts]),
         starts=[0] * (n_trunk + len(ablated)) + [layers[row.candidate] for row in steered],
-        parents=[trunk.get(prompt, -1) for prompt in prompts],
+        parents=[branch_point.get(prompt, -1) for prompt in prompts],
         added=torch.tensor([none] * (n_trunk + len(ablated)) + [row.candidate for row in steered]),
         ablated=torch.tensor([none] * n_trunk + [row.candidate for row in ablated] + [none] * len(steered)),
         tables=tables,

@@ -26,15 +26,16 @@ from transformers import (
     PreTrainedModel,
 )
 
-from refusal_direction import demo, processes
+from refusal_direction import demo
 from refusal_direction.config import DEMO_MODEL, Config, ModelSource
 from refusal_direction.demo import vision as demo_vision
 from refusal_direction.errors import ConfigurationError, ModelAccessError
-from refusal_direction.memory import free_bytes
 from refusal_direction.models.access import access_explained, configuration_explained, fitting
 from refusal_direction.models.adapters import add_adapter, check_peft
 from refusal_direction.models.chat import ChatModel
 from refusal_direction.models.vision import VisionChatModel
+from refusal_direction.runtime import processes
+from refusal_direction.runtime.memory import free_bytes
 
 __all__ = ["check_access", "load", "load_chat_model", "load_vision_model"]
 
@@ -257,7 +258,7 @@ def _dtype(asked: str, device: torch.device, parameters: int) -> torch.dtype:
     if device.type == "mps":
         return torch.bfloat16
     fits = 4 * parameters < _SHARE_FOR_WEIGHTS * free_bytes(device)
-    return torch.float32 if processes.everywhere(fits) else torch.bfloat16
+    return torch.float32 if processes.all_ranks(fits) else torch.bfloat16
 
 
 def _placement(asked: str, device: torch.device, weights: int) -> dict[str, object]:

@@ -20,7 +20,16 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-__all__ = ["FAMILY_TOKENS", "REFUSAL_PREFIXES", "Mass", "RefusalTokens", "calibrated", "chosen", "doubt", "is_refusal"]
+__all__ = [
+    "FAMILY_TOKENS",
+    "REFUSAL_PREFIXES",
+    "ProbabilityQuartiles",
+    "RefusalTokens",
+    "calibrate",
+    "resolve",
+    "diagnose",
+    "is_refusal",
+]
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +72,7 @@ class RefusalTokens:
 
 
 @dataclass(frozen=True)
-class Mass:
+class ProbabilityQuartiles:
     """Quartiles of the refusal tokens' probability over prompts of one kind."""
 
     lower: float
@@ -71,11 +80,11 @@ class Mass:
     upper: float
 
     @classmethod
-    def of(cls, mass: Float[Tensor, "prompt"]) -> Mass:
+    def of(cls, mass: Float[Tensor, "prompt"]) -> ProbabilityQuartiles:
         return cls(*torch.quantile(mass.double(), mass.new_tensor((0.25, 0.5, 0.75)).double()).tolist())
 
 
-def doubt(tokens: RefusalTokens, harmful: Mass, harmless: Mass) -> str | None:
+def diagnose(tokens: RefusalTokens, harmful: ProbabilityQuartiles, harmless: ProbabilityQuartiles) -> str | None:
     """What makes one doubt that these tokens begin the model's refusals, and only them (docs/method.md); None if nothing.
 
     A prompt counts as refused where the tokens hold more than half of the probability. They are doubted unless at least a
@@ -102,7 +111,7 @@ def is_refusal(completion: str) -> bool:
     return start.startswith(tuple(prefix.lower() for prefix in REFUSAL_PREFIXES))
 
 
-def chosen(chat: ChatModel, asked: Sequence[str | int], rules: Rules = TEXT) -> RefusalTokens:
+def resolve(chat: ChatModel, asked: Sequence[str | int], rules: Rules = TEXT) -> RefusalTokens:
     """The tokens asked for (as text or ids); if none, those of the model's family; if unknown, of refusal phrases.
 
     Raises RefusalTokenError where one is not in the vocabulary.
@@ -139,7 +148,7 @@ def _of_phrases(chat: ChatModel, phrases: Sequence[str], *, whole_words: bool) -
     return _named(chat, list(first.values()), source)
 
 
-def calibrated(
+def calibrate(
     chat: ChatModel, harmful: Sequence[Prompt], rules: Rules = TEXT, *, at_once: int | None = None
 ) -> RefusalTokens:
     """The tokens that begin what the model says to up to 20 harmful prompts, completed so many at once.

@@ -36,13 +36,13 @@ def _texts(config: Config, counts: dict[str, int], progress: bool) -> PromptSets
 
 
 def _pairs(config: Config, counts: dict[str, int]) -> PromptSets:
-    from refusal_direction.prompts import vision  # brings `datasets`, which text does not need
+    from refusal_direction.prompts import pairs  # brings `datasets`, which text does not need
 
     source = config.prompts
     if source.harmful is not None and source.harmless is not None:
-        return vision.shuffled(vision.read_folder(source.harmful), vision.read_folder(source.harmless), **counts)
+        return pairs.shuffled(pairs.read_folder(source.harmful), pairs.read_folder(source.harmless), **counts)
     if config.model.model_id == DEMO_MODEL:
         from refusal_direction.demo.vision.pairs import demo_pairs
 
-        return vision.shuffled(demo_pairs("harmful"), demo_pairs("harmless"), **counts)
-    return vision.shuffled(vision.harmful_pairs(), vision.harmless_pairs(seed=source.seed), **counts)
+        return pairs.shuffled(demo_pairs("harmful"), demo_pairs("harmless"), **counts)
+    return pairs.shuffled(pairs.harmful_pairs(), pairs.harmless_pairs(seed=source.seed), **counts)

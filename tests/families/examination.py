@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from refusal_direction.engine import Candidates, Engine, Kind, Row
+from refusal_direction.engine import Engine, Intervention, Row
 from refusal_direction.engine.interventions import ResidualStream, ablated
 from refusal_direction.errors import UnsupportedModelError
+from tests.candidates import at_layers
 from tests.families.building import Family, build, layers_of
 from tests.families.sizes import is_installed
 from tests.families.tables import TEXT_FAMILIES, VISION_FAMILIES
@@ -141,7 +142,7 @@ def _leak_of_ablated(known: reference.Model, u: Tensor, following: Following, pr
 
 
 def _leak_of_engine(engine: Engine, u: Tensor, following: Following) -> float:
-    rows = [Row(prompt, Kind.ABLATION, 0) for prompt in range(len(engine.prompts))]
+    rows = [Row(prompt, Intervention.ABLATION, 0) for prompt in range(len(engine.prompts))]
     with following() as leaks:
-        engine.intervene(rows, Candidates(u.unsqueeze(0), (1,)), lambda rows, logits: None)
+        engine.intervene(rows, at_layers(u.unsqueeze(0), (1,)), lambda rows, logits: None)
     return leaks.worst

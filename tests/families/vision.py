@@ -95,8 +95,8 @@ def inputs_for(family: VisionFamily, text: Sequence[int], tiles: Tensor) -> dict
 
 
 def _listed(tiles: Tensor) -> dict[str, Tensor]:
-    everywhere = torch.ones(1, len(tiles), *tiles.shape[-2:], dtype=torch.long)
-    return {"pixel_values": tiles[None], "pixel_attention_mask": everywhere}
+    all_ranks = torch.ones(1, len(tiles), *tiles.shape[-2:], dtype=torch.long)
+    return {"pixel_values": tiles[None], "pixel_attention_mask": all_ranks}
 
 
 def _sized(tiles: Tensor) -> dict[str, Tensor]:

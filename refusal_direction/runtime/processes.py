@@ -19,7 +19,7 @@ from refusal_direction.errors import ConfigurationError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["everywhere", "joined", "largest", "local_rank", "rank", "said_elsewhere", "share", "size", "summed"]
+__all__ = ["all_ranks", "joined", "all_max", "local_rank", "rank", "gather_warnings", "share", "size", "all_sum"]
 
 _T = TypeVar("_T")
 _PATIENCE = timedelta(days=7)  # with another process's pass over the weights; one that has died is noticed at once
@@ -92,26 +92,26 @@ def share(rows: Sequence[_T], costs: Sequence[float]) -> Sequence[_T]:
     return [rows[index] for index in mine]
 
 
-def everywhere(here: bool) -> bool:
+def all_ranks(here: bool) -> bool:
     """Whether it is so in every process."""
     import torch
 
     return bool(_together(torch.tensor(float(here)), "MIN") == 1)
 
 
-def largest(here: float) -> float:
+def all_max(here: float) -> float:
     """The largest that it is in any process."""
     import torch
 
     return float(_together(torch.tensor(here, dtype=torch.float64), "MAX"))
 
 
-def summed(*tensors: Tensor) -> tuple[Tensor, ...]:
+def all_sum(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The sums over all processes. Each has zeros for what the others ran, so nothing is rounded."""
     return tuple(_together(tensor, "SUM") for tensor in tensors)
 
 
-def said_elsewhere(messages: Sequence[str]) -> list[str]:
+def gather_warnings(messages: Sequence[str]) -> list[str]:
     """What other processes have to say and this one has not said."""
     if _group is None:
         return []

@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from refusal_direction.artifacts import file_names
 from refusal_direction.engine.interventions import ablated, steered
 from refusal_direction.engine.skeleton import shape_of
+from refusal_direction.output.artifacts import file_names
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from refusal_direction.choice import Choice
     from refusal_direction.config import Config
-    from refusal_direction.inspection import Inspection
+    from refusal_direction.estimate import Inspection
     from refusal_direction.models.chat import ChatModel
-    from refusal_direction.pipeline import Extraction
+    from refusal_direction.pipeline import RunResult
     from refusal_direction.prompts.sets import Prompt
+    from refusal_direction.selection.searches import SelectionResult
 
 __all__ = ["completions", "files", "inspection", "results"]
 
@@ -38,7 +38,7 @@ def _with_error(values: Tensor, digits: int = 2) -> str:
     return f"{mean} ± {float(values.std() / math.sqrt(len(values))):.{digits}f}" if len(values) > 1 else mean
 
 
-def results(extraction: Extraction) -> str:
+def results(extraction: RunResult) -> str:
     """The selected direction and its scores, as a Markdown table. Errors are standard errors over the prompts."""
     chosen, kept = extraction.selection, extraction.kept
     n_layers = extraction.candidates.shape[1]
@@ -76,7 +76,7 @@ def results(extraction: Extraction) -> str:
     return "\n".join([f"{title} (of {n_layers} layers)", "", *lines])
 
 
-def _shortcomings(extraction: Extraction) -> list[str]:
+def _shortcomings(extraction: RunResult) -> list[str]:
     """Where conditions were dropped because no candidate met them (images with text): that the chosen one fails them."""
     score, thresholds = extraction.selection.score, extraction.config.thresholds
     harmless = extraction.baseline.refusal[extraction.kept["harmless_val"]]
@@ -88,7 +88,7 @@ def _shortcomings(extraction: Extraction) -> list[str]:
     return ["", f"No candidate meets every condition. This one may not carry refusal at all: {', and '.join(failed)}."]
 
 
-def _refusal_tokens(extraction: Extraction) -> str:
+def _refusal_tokens(extraction: RunResult) -> str:
     tokens, mass = extraction.tokens, extraction.mass
     named = ", ".join(f"{text!r} ({token})" for text, token in zip(tokens.texts, tokens.ids, strict=True))
     return fill(
@@ -100,7 +100,7 @@ def _refusal_tokens(extraction: Extraction) -> str:
     )
 
 
-def _effort(choice: Choice) -> list[str]:
+def _effort(choice: SelectionResult) -> list[str]:
     """What a pruned search saved."""
     if choice.search != "pruned":
         return []
@@ -109,7 +109,7 @@ def _effort(choice: Choice) -> list[str]:
     return [f"Pruned search: {done}"]
 
 
-def _ties(choice: Choice) -> list[str]:
+def _ties(choice: SelectionResult) -> list[str]:
     """The candidates that rounding cannot tell from the selected one, if there are any."""
     if not choice.ties:
         return []
@@ -126,7 +126,7 @@ def files(config: Config) -> str:
     return "\n".join([f"Written to {config.output_dir}/:", *(f"  {name}" for name in file_names(config.rules))])
 
 
-def completions(extraction: Extraction, max_new_tokens: int = 48) -> str:
+def completions(extraction: RunResult, max_new_tokens: int = 48) -> str:
     """Baseline, ablated and steered completions of a few validation prompts that the filter kept."""
     model, direction = extraction.chat.model, extraction.direction
     ablating = _compared(extraction, "harmful", partial(ablated, model), max_new_tokens)
@@ -135,7 +135,7 @@ def completions(extraction: Extraction, max_new_tokens: int = 48) -> str:
 
 
 def _compared(
-    extraction: Extraction, kind: str, intervention: _Intervention, max_new_tokens: int
+    extraction: RunResult, kind: str, intervention: _Intervention, max_new_tokens: int
 ) -> Iterator[tuple[Prompt, str, str]]:
     """A few prompts of a kind, each with its completion as it is, and under the intervention.
 

@@ -26,17 +26,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save
 
-from refusal_direction import processes
 from refusal_direction.config import TEXT, VISION, Rules
 from refusal_direction.errors import OutputError
-from refusal_direction.metrics import Measure
 from refusal_direction.models.placement import execution_device
 from refusal_direction.pipeline import Direction
+from refusal_direction.runtime import processes
+from refusal_direction.scoring.metrics import Measure
 
 if TYPE_CHECKING:
-    from refusal_direction.choice import Choice
-    from refusal_direction.pipeline import Extraction
+    from refusal_direction.pipeline import RunResult
     from refusal_direction.prompts import Prompt
+    from refusal_direction.selection.searches import SelectionResult
 
 __all__ = ["SCHEMA_VERSION", "check_writable", "file_names", "load_direction", "write"]
 
@@ -101,7 +101,7 @@ def _kinds(folder: Path) -> list[Rules]:
     return [rules for rules in (TEXT, VISION) if (folder / _file_name("direction_metadata.json", rules)).exists()]
 
 
-def write(extraction: Extraction, folder: str | Path) -> None:
+def write(extraction: RunResult, folder: str | Path) -> None:
     """Write all files of a run, as one set.
 
     Raises OutputError, leaving the old set as it was, where the disk is full or the folder cannot be written.
@@ -143,7 +143,7 @@ def _move_into_place(folder: Path) -> None:
     committed.rmdir()
 
 
-def _contents(extraction: Extraction) -> dict[str, bytes]:
+def _contents(extraction: RunResult) -> dict[str, bytes]:
     """What is in each file. Files are written by Python alone, so that a full disk is one kind of error."""
     contents = {
         "refusal_direction.pt": _pickled(extraction.direction.vector),
@@ -182,7 +182,7 @@ def _spelled(threshold: float) -> float | str:
     return threshold if math.isfinite(threshold) else str(threshold)
 
 
-def _metadata(extraction: Extraction) -> dict[str, Any]:
+def _metadata(extraction: RunResult) -> dict[str, Any]:
     n_positions, n_layers, d_model = extraction.candidates.shape
     return {
         **asdict(extraction.selection.score),
@@ -202,7 +202,7 @@ def _metadata(extraction: Extraction) -> dict[str, Any]:
     }
 
 
-def _scores(extraction: Extraction) -> list[dict[str, Any]]:
+def _scores(extraction: RunResult) -> list[dict[str, Any]]:
     """For each candidate its mean scores, on how many prompts it was run, and why it was not chosen.
 
     A mean is null where the candidate was not measured on every prompt, or a score is NaN.
@@ -221,7 +221,7 @@ def _scores(extraction: Extraction) -> list[dict[str, Any]]:
     ]
 
 
-def _search(choice: Choice) -> dict[str, Any]:
+def _search(choice: SelectionResult) -> dict[str, Any]:
     return {
         "name": choice.search,
         "prompt_evaluations": choice.evaluations,
@@ -231,7 +231,7 @@ def _search(choice: Choice) -> dict[str, Any]:
     }
 
 
-def _run(extraction: Extraction) -> dict[str, Any]:
+def _run(extraction: RunResult) -> dict[str, Any]:
     chat, sets = extraction.chat, extraction.prompts.indices()
     baseline = extraction.baseline
     return {
@@ -306,7 +306,7 @@ def _versions() -> dict[str, str | None]:
     return found
 
 
-def _per_prompt(extraction: Extraction) -> bytes:
+def _per_prompt(extraction: RunResult) -> bytes:
     """Tensors (candidate, prompt); candidates in (position, layer) order; the prompts' ids stand in the metadata.
 
     NaN where not measured.

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from refusal_direction.engine import Candidates, Row
-from refusal_direction.metrics import Measure
-from refusal_direction.selection import CandidateScore
+from refusal_direction.candidates import Candidates
+from refusal_direction.engine import Row
+from refusal_direction.scoring.metrics import Measure
+from refusal_direction.selection.rules import CandidateScore
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -72,7 +73,7 @@ class Repeats:
     def candidates(self) -> Candidates:
         """The candidates, and after all of them their copies in the same order."""
         copies = rounded_otherwise(self.originals.vectors, self.dtype)
-        return Candidates(torch.cat([self.originals.vectors, copies]), self.originals.layers * 2)
+        return Candidates(torch.cat([self.originals.vectors, copies]), self.originals.labels * 2)
 
     def of(self, rows: Sequence[Row]) -> list[Row]:
         """The copies' rows that are run beside these: a few for each measure of which no pass has had enough."""

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from refusal_direction.metrics import Measure
-from refusal_direction.search.table import Cell, Table
-from refusal_direction.search.verdicts import Conditions, Judgement
+from refusal_direction.scoring.metrics import Measure
+from refusal_direction.selection.pruned.bounds import ScoreRequest, Table
+from refusal_direction.selection.pruned.verdicts import Conditions, Verdicts
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -42,7 +42,7 @@ class Hints:
     """Layers of the model: an ablated row goes through all, a steered one through those from its candidate's on."""
 
 
-def first_round(table: Table, conditions: Conditions, judgement: Judgement, *, hints: Hints) -> list[Cell]:
+def first_round(table: Table, conditions: Conditions, judgement: Verdicts, *, hints: Hints) -> list[ScoreRequest]:
     """A prompt of each measure for every candidate; the ablation score of the most promising in full.
 
     Where only the `top_k` of lowest KL are considered, and there are many more, the KL decides more: an eighth of the prompts.
@@ -71,7 +71,7 @@ def _least_share(floors: Float[Tensor, "prompt"], limit: float) -> float:
     return (limit - floor) / (-2 * floor) if floor < 0 else 1.0
 
 
-def next_round(table: Table, conditions: Conditions, judgement: Judgement, *, hints: Hints) -> list[Cell]:
+def next_round(table: Table, conditions: Conditions, judgement: Verdicts, *, hints: Hints) -> list[ScoreRequest]:
     """What is likely to bring the open candidates to a verdict.
 
     At least one cell, if there is an open candidate: whatever the hints are, the search goes on.
@@ -92,7 +92,7 @@ class _Forecast:
     def __init__(self, table: Table, measure: Measure, hints: Hints) -> None:
         self.measure, shape, self._slack = measure, hints.shape[measure], table.slack[measure]
         costs, known, floors = table.costs(measure), table.known[measure], table.floors[measure]
-        expected, cautious = (_expected(costs, known, shape, measure, doubt=doubt) for doubt in (False, True))
+        expected, cautious = (_expected(costs, known, shape, measure, diagnose=diagnose) for diagnose in (False, True))
         self.means: list[float] = torch.where(known, costs, torch.maximum(expected, floors)).mean(1).tolist()
         """Estimates of mean costs."""
         self._gains: list[list[float]] = (cautious - floors).clamp_min(0).tolist()  # by which bounds are likely to rise
@@ -100,12 +100,12 @@ class _Forecast:
         self._known: list[list[bool]] = known.tolist()
         self._telling = shape.argsort(descending=True, stable=True).tolist()
 
-    def rest(self, candidate: int) -> list[Cell]:
+    def rest(self, candidate: int) -> list[ScoreRequest]:
         """What has not been measured of a candidate, the most telling prompts first."""
         known = self._known[candidate]
-        return [Cell(candidate, self.measure, prompt) for prompt in self._telling if not known[prompt]]
+        return [ScoreRequest(candidate, self.measure, prompt) for prompt in self._telling if not known[prompt]]
 
-    def towards(self, candidate: int, limit: float, least: int) -> list[Cell] | None:
+    def towards(self, candidate: int, limit: float, least: int) -> list[ScoreRequest] | None:
         """The cells, at `least` so many, that are likely to bring the bound of a candidate's mean above a limit.
 
         None where all that are left are not likely to.
@@ -127,15 +127,15 @@ def _expected(
     shape: Float[Tensor, "prompt"],
     measure: Measure,
     *,
-    doubt: bool,
+    diagnose: bool,
 ) -> Float[Tensor, "candidate prompt"]:
     """What candidates are likely to cost on prompts, by those known; less, the more `doubt` there is."""
     count = known.sum(1, keepdim=True).clamp_min(1)
     if measure is Measure.KL:  # in proportion to the shape
-        weight = torch.where(known, shape, 0.0).sum(1, keepdim=True) + doubt * _KL_DOUBT * shape.mean()
+        weight = torch.where(known, shape, 0.0).sum(1, keepdim=True) + diagnose * _KL_DOUBT * shape.mean()
         return shape * torch.where(known, costs, 0.0).sum(1, keepdim=True) / weight.clamp_min(1e-9)
     above = torch.where(known, costs - shape, 0.0).sum(1, keepdim=True) / count
-    return shape + above - doubt * _DOUBT / count.sqrt()
+    return shape + above - diagnose * _DOUBT / count.sqrt()
 
 
 def _forecasts(table: Table, hints: Hints) -> dict[Measure, _Forecast]:
@@ -145,7 +145,7 @@ def _forecasts(table: Table, hints: Hints) -> dict[Measure, _Forecast]:
 class _Planner:
     """What follows from the forecasts at one moment of the search."""
 
-    def __init__(self, table: Table, conditions: Conditions, judgement: Judgement, *, hints: Hints) -> None:
+    def __init__(self, table: Table, conditions: Conditions, judgement: Verdicts, *, hints: Hints) -> None:
         self.table, self.conditions, self.judgement, self.depth = table, conditions, judgement, hints.depth
         self.forecasts = _forecasts(table, hints)
         self.ablation, self.kl, self.steering = (
@@ -171,7 +171,7 @@ class _Planner:
         ]
         return min(likely or self.judgement.open, key=self.ablation.__getitem__)
 
-    def cells(self) -> list[Cell]:
+    def cells(self) -> list[ScoreRequest]:
         """One candidate after the other, each in the cheapest way; or their rank in KL first, where that is cheaper."""
         ways = {candidate: self._way(candidate) for candidate in self.judgement.open}
         contenders = sorted((c for c, way in ways.items() if way is None), key=self.ablation.__getitem__)
@@ -186,26 +186,26 @@ class _Planner:
             return ranking
         return cells + proof if waiting else cells
 
-    def _way(self, candidate: int) -> list[Cell] | None:
+    def _way(self, candidate: int) -> list[ScoreRequest] | None:
         """The cheapest way to drop a candidate, if one promises to."""
         ways = (f.towards(candidate, self.limits[measure], self.least) for measure, f in self.forecasts.items())
         return min((way for way in ways if way is not None), key=self._price, default=None)
 
-    def _price(self, cells: Sequence[Cell]) -> float:
+    def _price(self, cells: Sequence[ScoreRequest]) -> float:
         """Of one candidate's cells: halfway between the prompts evaluated and the layers that they go through."""
         spared = 0.0
         if cells and cells[0].measure is Measure.STEERING:
             spared = 0.5 * int(self.conditions.layers[cells[0].candidate])
         return len(cells) * (self.depth - spared)
 
-    def _in_full(self, contender: int, *, first: bool) -> list[Cell]:
+    def _in_full(self, contender: int, *, first: bool) -> list[ScoreRequest]:
         """The ablation score, by which it may turn out to be beaten; then, of the first contender, the rest."""
         ablation = self.forecasts[Measure.ABLATION].rest(contender)
         if ablation or not first:
             return ablation
         return self.forecasts[Measure.KL].rest(contender) + self.forecasts[Measure.STEERING].rest(contender)
 
-    def _proof_of_rank(self, candidate: int) -> list[Cell]:
+    def _proof_of_rank(self, candidate: int) -> list[ScoreRequest]:
         """What proves whether a candidate is among the `top_k` of lowest KL.
 
         Of those that may come before it, as many as are too many must be shown not to; where that looks hopeless, the KL
@@ -221,7 +221,7 @@ class _Planner:
             promising = [forecast.rest(rival) for rival in rivals]
         return [cell for way in promising for cell in way]
 
-    def _ranking(self) -> tuple[list[int], list[Cell]]:
+    def _ranking(self) -> tuple[list[int], list[ScoreRequest]]:
         """Who is likely to be among the `top_k` of lowest KL, and what proves it. Nothing, where none are too many."""
         forecast, top_k = self.forecasts[Measure.KL], self.conditions.top_k
         fitting = sorted(torch.nonzero(self.judgement.fitting).flatten().tolist(), key=self.kl.__getitem__)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CandidateScore",
-    "Fate",
+    "Rejection",
     "Selection",
     "all_admitted",
     "keep_fitting",
@@ -49,7 +49,7 @@ class CandidateScore:
     kl_div: float
 
 
-class Fate(IntEnum):
+class Rejection(IntEnum):
     """What became of a candidate. Where several are true, the first is given."""
 
     NULL = 0
@@ -170,38 +170,38 @@ def all_admitted(
     return all(scores[i].layer < limit and scores[i].kl_div <= thresholds.kl for i in finalists)
 
 
-def reasons(rules: Rules, limit: int, thresholds: Thresholds) -> dict[Fate, str]:
+def reasons(rules: Rules, limit: int, thresholds: Thresholds) -> dict[Rejection, str]:
     """What to say of a candidate that was not chosen."""
     steering = f"steering score < {thresholds.induce:g} (--induce_threshold)"
     return {
-        Fate.NULL: "length zero",
-        Fate.BROKEN: "a score is NaN",
-        Fate.LAYER: f"layer >= {limit} (--prune_layers {thresholds.prune_layers:g})",
-        Fate.KL: f"KL > {thresholds.kl:g} (--kl_threshold)",
-        Fate.RANK: "not among those of lowest KL",
-        Fate.STEERING: "steering score below the baseline" if rules.relative_steering else steering,
-        Fate.BEATEN: "another's ablation score is lower",
+        Rejection.NULL: "length zero",
+        Rejection.BROKEN: "a score is NaN",
+        Rejection.LAYER: f"layer >= {limit} (--prune_layers {thresholds.prune_layers:g})",
+        Rejection.KL: f"KL > {thresholds.kl:g} (--kl_threshold)",
+        Rejection.RANK: "not among those of lowest KL",
+        Rejection.STEERING: "steering score below the baseline" if rules.relative_steering else steering,
+        Rejection.BEATEN: "another's ablation score is lower",
     }
 
 
-def selection(index: int, score: CandidateScore, fates: Sequence[Fate], said: dict[Fate, str]) -> Selection:
+def selection(index: int, score: CandidateScore, fates: Sequence[Rejection], said: dict[Rejection, str]) -> Selection:
     """The selection of a candidate, with `reasons` for what became of the others."""
     dropped = tuple(None if place == index else said[fate] for place, fate in enumerate(fates))
-    losers = (None, said[Fate.BEATEN])
+    losers = (None, said[Rejection.BEATEN])
     discarded = Counter(reason for reason in dropped if reason is not None and reason not in losers)
     return Selection(index, score, dict(discarded), dropped)
 
 
-def _fate(score: CandidateScore, limit: int, thresholds: Thresholds, null: bool) -> Fate:
+def _fate(score: CandidateScore, limit: int, thresholds: Thresholds, null: bool) -> Rejection:
     if null:
-        return Fate.NULL
+        return Rejection.NULL
     if any(math.isnan(value) for value in (score.ablation_refusal, score.steering_refusal, score.kl_div)):
-        return Fate.BROKEN
+        return Rejection.BROKEN
     if score.layer >= limit:
-        return Fate.LAYER
+        return Rejection.LAYER
     if score.kl_div > thresholds.kl:
-        return Fate.KL
-    return Fate.STEERING if score.steering_refusal < thresholds.induce else Fate.BEATEN
+        return Rejection.KL
+    return Rejection.STEERING if score.steering_refusal < thresholds.induce else Rejection.BEATEN
 
 
 def select(
@@ -215,7 +215,7 @@ def select(
     """
     limit = layer_limit(n_layers, thresholds)
     fates = [_fate(score, limit, thresholds, index in null) for index, score in enumerate(scores)]
-    admissible = [index for index, fate in enumerate(fates) if fate is Fate.BEATEN]
+    admissible = [index for index, fate in enumerate(fates) if fate is Rejection.BEATEN]
     said = reasons(TEXT, limit, thresholds)
     if not admissible:
         alive = [score for index, score in enumerate(scores) if index not in null]
@@ -262,17 +262,17 @@ def select_survivor(
     limit = layer_limit(n_layers, thresholds)
     strict = all_admitted(scores, finalists, thresholds=thresholds, limit=limit)
 
-    def fate(index: int) -> Fate:
+    def fate(index: int) -> Rejection:
         if index in finalists:
-            admitted = Fate.BEATEN if index in (inducing or scored) else Fate.STEERING
-            return admitted if index in scored else Fate.BROKEN
+            admitted = Rejection.BEATEN if index in (inducing or scored) else Rejection.STEERING
+            return admitted if index in scored else Rejection.BROKEN
         if index in null:
-            return Fate.NULL
+            return Rejection.NULL
         if math.isnan(scores[index].kl_div):
-            return Fate.BROKEN
+            return Rejection.BROKEN
         if strict and scores[index].layer >= limit:
-            return Fate.LAYER
-        return Fate.KL if strict and scores[index].kl_div > thresholds.kl else Fate.RANK
+            return Rejection.LAYER
+        return Rejection.KL if strict and scores[index].kl_div > thresholds.kl else Rejection.RANK
 
     return selection(best, scores[best], list(map(fate, range(len(scores)))), reasons(VISION, limit, thresholds))
 

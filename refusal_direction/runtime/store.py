@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["NOWHERE", "Store", "digest"]
+__all__ = ["NO_CHECKPOINTS", "CheckpointStore", "digest"]
 
 
 def digest(*parts: Any) -> str:
@@ -25,7 +25,7 @@ def digest(*parts: Any) -> str:
     return total.hexdigest()
 
 
-class Store(Protocol):
+class CheckpointStore(Protocol):
     """Keeps named tensors under keys."""
 
     def key(self, *parts: Any) -> str:
@@ -41,7 +41,7 @@ class Store(Protocol):
         """Keep a part under the key."""
 
 
-class _Nowhere:
+class _NoCheckpoints:
     """Keeps nothing."""
 
     def key(self, *parts: Any) -> str:
@@ -57,4 +57,4 @@ class _Nowhere:
         pass
 
 
-NOWHERE: Store = _Nowhere()
+NO_CHECKPOINTS: CheckpointStore = _NoCheckpoints()

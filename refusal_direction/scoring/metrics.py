@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from refusal_direction.directions import precise
+from refusal_direction.directions import widest_dtype
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-__all__ = ["LEAST_REFUSAL", "Measure", "entropy", "kl_divergence", "kl_floor", "refusal_mass", "refusal_score"]
+__all__ = ["LEAST_REFUSAL", "Measure", "entropy", "kl_divergence", "kl_floor", "refusal_probability", "refusal_score"]
 
 _REFUSAL_EPS = 1e-8
 _KL_EPS = 1e-6
@@ -38,21 +38,21 @@ class Measure(Enum):
         return -1 if self is Measure.STEERING else 1
 
 
-def refusal_mass(logits: Float[Tensor, "row vocab"], tokens: tuple[int, ...]) -> Float[Tensor, "row"]:
+def refusal_probability(logits: Float[Tensor, "row vocab"], tokens: tuple[int, ...]) -> Float[Tensor, "row"]:
     """Summed softmax probability of the refusal tokens (paper, appendix B), in `precise`."""
-    probabilities = logits.to(precise(logits.device)).softmax(-1)
+    probabilities = logits.to(widest_dtype(logits.device)).softmax(-1)
     return probabilities[:, list(tokens)].sum(-1).clamp(max=1)  # in float32 rounding may bring it above
 
 
 def refusal_score(logits: Float[Tensor, "row vocab"], tokens: tuple[int, ...]) -> Float[Tensor, "row"]:
     """log-odds of refusing, log(p + 1e-8) - log(1 - p + 1e-8) with p the `refusal_mass` (paper, appendix B): in [-18.42, 18.42]."""
-    p = refusal_mass(logits, tokens)
+    p = refusal_probability(logits, tokens)
     return (p + _REFUSAL_EPS).log() - (1 - p + _REFUSAL_EPS).log()
 
 
 def kl_divergence(logits_p: Float[Tensor, "row vocab"], logits_q: Float[Tensor, "row vocab"]) -> Float[Tensor, "row"]:
     """sum P (log(P + 1e-6) - log(Q + 1e-6)) per row, in nats, in `precise`: KL from the baseline P to Q (paper, appendix C)."""
-    dtype = precise(logits_p.device)
+    dtype = widest_dtype(logits_p.device)
     p, q = logits_p.to(dtype).softmax(-1), logits_q.to(dtype).softmax(-1)
     return (p * ((p + _KL_EPS).log() - (q + _KL_EPS).log())).sum(-1)
 
@@ -74,5 +74,5 @@ def kl_floor(logits_p: Float[Tensor, "row vocab"]) -> Float[Tensor, "row"]:
 
 def entropy(logits: Float[Tensor, "row vocab"]) -> Float[Tensor, "row"]:
     """Entropy of the next-token distribution, in nats, in `precise`."""
-    log_p = logits.to(precise(logits.device)).log_softmax(-1)
+    log_p = logits.to(widest_dtype(logits.device)).log_softmax(-1)
     return -(log_p.exp() * log_p).nansum(-1)  # where p is 0, log p may be -inf

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from refusal_direction.config import UNFINISHED, Config
 from refusal_direction.models.chat import ChatModel
 from refusal_direction.models.refusal_tokens import RefusalTokens
-from refusal_direction.processes import rank
-from refusal_direction.store import digest
+from refusal_direction.runtime.processes import rank
+from refusal_direction.runtime.store import digest
 
 __all__ = ["Checkpoints", "fingerprint", "forget"]
 

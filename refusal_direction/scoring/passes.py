@@ -9,31 +9,31 @@ from contextlib import AbstractContextManager
 import torch
 
 from refusal_direction.config import Config
-from refusal_direction.directions import promise
+from refusal_direction.directions import rank_heuristic
 from refusal_direction.engine import Row, Tick
-from refusal_direction.metrics import Measure, entropy
-from refusal_direction.rounding import Repeats
-from refusal_direction.scoring import (
+from refusal_direction.scoring.metrics import Measure, entropy
+from refusal_direction.scoring.noise import Repeats
+from refusal_direction.scoring.scores import (
     Scores,
-    Setting,
+    ScoringContext,
     intervention_rows,
     measure_of,
     null_candidates,
     score_candidates,
 )
-from refusal_direction.search import Hints
-from refusal_direction.selection import CandidateScore, layer_limit
+from refusal_direction.selection.pruned.search import Hints
+from refusal_direction.selection.rules import CandidateScore, layer_limit
 
-__all__ = ["Progress", "Sweeps"]
+__all__ = ["Progress", "ScoringPasses"]
 
 Progress = Callable[[str, int], AbstractContextManager[Tick]]
 """Given a description and a total, a context whose value is called with each bit of work done."""
 
 
-class Sweeps:
+class ScoringPasses:
     """Measures, and keeps the scores and the account."""
 
-    def __init__(self, setting: Setting, config: Config, progress: Progress) -> None:
+    def __init__(self, setting: ScoringContext, config: Config, progress: Progress) -> None:
         self.setting, self.progress = setting, progress
         self.flat, self.hints = setting.flat, _hints(setting)
         self.null = null_candidates(self.flat)
@@ -89,13 +89,13 @@ class Sweeps:
         )
 
 
-def _hints(setting: Setting) -> Hints:
+def _hints(setting: ScoringContext) -> Hints:
     """Candidates by their promise. Prompts: what was most refused or answered stays so, what was least sure moves most."""
     harmful, harmless = setting.validation["harmful"], setting.validation["harmless"]
     refusal, logits = setting.baseline.refusal.cpu(), setting.baseline.logits
     seen = setting.baseline.activations[setting.kept["harmless_train"]]
     return Hints(
-        candidates=promise(setting.candidates, seen).flatten().argsort(descending=True).tolist(),
+        candidates=rank_heuristic(setting.candidates, seen).flatten().argsort(descending=True).tolist(),
         shape={
             Measure.ABLATION: refusal[harmful],
             Measure.KL: torch.cat([entropy(logits[prompt][None]).cpu().double() for prompt in harmless]),

@@ -18,18 +18,19 @@ from statistics import median_low
 import torch
 from torch import Tensor
 
-from refusal_direction.choice import search_name
+from refusal_direction.candidates import Candidates
 from refusal_direction.config import Config
 from refusal_direction.directions import in_own_dtype
-from refusal_direction.engine import Candidates, Engine, Kind, Row
-from refusal_direction.memory import peak_bytes
-from refusal_direction.metrics import Measure, kl_divergence, refusal_score
+from refusal_direction.engine import Engine, Intervention, Row
 from refusal_direction.models.chat import ChatModel
 from refusal_direction.models.placement import execution_device
 from refusal_direction.models.refusal_tokens import RefusalTokens
 from refusal_direction.pipeline import Prepared, prepare
 from refusal_direction.prompts.sets import PromptSets
-from refusal_direction.scoring import ALL, intervention_rows
+from refusal_direction.runtime.memory import peak_bytes
+from refusal_direction.scoring.metrics import Measure, kl_divergence, refusal_score
+from refusal_direction.scoring.scores import ALL, intervention_rows
+from refusal_direction.selection.searches import search_name
 
 __all__ = ["Cost", "Inspection", "inspect", "token_layers"]
 
@@ -106,7 +107,7 @@ def _stand_ins(ready: Prepared) -> Candidates:
     """Directions in place of the candidates: what they are does not matter to what they cost."""
     n_layers, d_model = len(ready.engine.stream.layers), ready.engine.stream.skeleton.d_model
     generator = torch.Generator().manual_seed(0)
-    return Candidates.of(torch.randn(ready.chat.n_positions, n_layers, d_model, generator=generator))
+    return Candidates.from_grid(torch.randn(ready.chat.n_positions, n_layers, d_model, generator=generator), "random")
 
 
 def _sweeps(ready: Prepared, config: Config) -> dict[str, list[Row]]:
@@ -128,11 +129,15 @@ def _sweeps(ready: Prepared, config: Config) -> dict[str, list[Row]]:
 
 def token_layers(engine: Engine, rows: Sequence[Row], candidates: Candidates) -> int:
     """How many (token, layer) pairs are run for these rows, with what steered rows branch off and what rows share."""
-    branching = {row.prompt for row in rows if row.kind is Kind.STEERING} if engine.name == "layer-major" else set()
-    trunks = branching - {row.prompt for row in rows if row.kind is Kind.BASELINE}
-    own = sum(engine.costs([*rows, *map(Row, trunks)], candidates))
+    branching = (
+        {row.prompt for row in rows if row.kind is Intervention.STEERING} if engine.name == "layer-major" else set()
+    )
+    branch_points = branching - {row.prompt for row in rows if row.kind is Intervention.BASELINE}
+    own = sum(engine.costs([*rows, *map(Row, branch_points)], candidates))
     interventions = {(row.kind, row.candidate): row for row in rows}.values()
-    leads = sum(engine.depth(row, candidates) for row in interventions) + len(engine.stream.layers) * bool(trunks)
+    leads = sum(engine.depth(row, candidates) for row in interventions) + len(engine.stream.layers) * bool(
+        branch_points
+    )
     return own + engine.shared * leads
 
 
@@ -153,9 +158,9 @@ def _sample(ready: Prepared, candidates: Candidates, count: int) -> list[Row]:
         row
         for candidate in order
         for row in (
-            Row(harmful, Kind.ABLATION, candidate),
-            Row(harmless, Kind.ABLATION, candidate),
-            Row(harmless, Kind.STEERING, candidate),
+            Row(harmful, Intervention.ABLATION, candidate),
+            Row(harmless, Intervention.ABLATION, candidate),
+            Row(harmless, Intervention.STEERING, candidate),
         )
     ]
     return list(islice(cycle(every), count))
@@ -190,7 +195,7 @@ def _timed(ready: Prepared, rows: Sequence[Row], candidates: Candidates) -> floa
 
     def consume(rows: list[Row], logits: Tensor) -> None:
         refusal_score(logits, ready.tokens.ids)
-        if rows[0].kind is Kind.ABLATION:
+        if rows[0].kind is Intervention.ABLATION:
             kl_divergence(logits, logits)
 
     begin = time.perf_counter()

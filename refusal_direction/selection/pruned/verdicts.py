@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from refusal_direction.metrics import Measure
-from refusal_direction.search.table import Table
-from refusal_direction.selection import Fate
+from refusal_direction.scoring.metrics import Measure
+from refusal_direction.selection.pruned.bounds import Table
+from refusal_direction.selection.rules import Rejection
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
-__all__ = ["Conditions", "Judgement", "judge"]
+__all__ = ["Conditions", "Verdicts", "judge"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Conditions:
 
 
 @dataclass(frozen=True)
-class Judgement:
+class Verdicts:
     """What the bounds prove."""
 
     fates: Int[Tensor, "candidate"]
@@ -58,33 +58,33 @@ class Judgement:
     @property
     def open(self) -> list[int]:
         """The candidates that may still be selected instead of the best."""
-        return torch.nonzero(self.fates == Fate.OPEN).flatten().tolist()
+        return torch.nonzero(self.fates == Rejection.OPEN).flatten().tolist()
 
 
-def judge(table: Table, conditions: Conditions) -> Judgement:
+def judge(table: Table, conditions: Conditions) -> Verdicts:
     """Sort out the candidates that cannot be selected, whatever their scores on the prompts not measured."""
     kl, known = table.least(Measure.KL), table.complete(Measure.KL)
     too_deep = conditions.layers >= conditions.limit
     fitting = ~(conditions.null | table.broken(Measure.KL) | too_deep | (kl > conditions.kl))
     surely_ahead = _before(kl, fitting & known)
     ahead = _before(kl, fitting)
-    fates = torch.full_like(conditions.layers, Fate.OPEN)
+    fates = torch.full_like(conditions.layers, Rejection.OPEN)
     for fate, holds in (  # the later ones go before
-        (Fate.STEERING, table.least(Measure.STEERING) > -conditions.steering),
-        (Fate.RANK, surely_ahead >= conditions.top_k),
-        (Fate.KL, kl > conditions.kl),
-        (Fate.LAYER, too_deep),
-        (Fate.BROKEN, torch.stack([table.broken(measure) for measure in Measure]).any(0)),
-        (Fate.NULL, conditions.null),
+        (Rejection.STEERING, table.least(Measure.STEERING) > -conditions.steering),
+        (Rejection.RANK, surely_ahead >= conditions.top_k),
+        (Rejection.KL, kl > conditions.kl),
+        (Rejection.LAYER, too_deep),
+        (Rejection.BROKEN, torch.stack([table.broken(measure) for measure in Measure]).any(0)),
+        (Rejection.NULL, conditions.null),
     ):
         fates[holds] = fate
-    proven = (fates == Fate.OPEN) & table.whole() & (ahead < conditions.top_k)
+    proven = (fates == Rejection.OPEN) & table.whole() & (ahead < conditions.top_k)
     ablation = table.least(Measure.ABLATION)
     best = _best(ablation, proven)
     if best is not None:
-        fates[(fates == Fate.OPEN) & _comes_after(ablation, best)] = Fate.BEATEN
-        fates[best] = Fate.BEST
-    return Judgement(fates, best, fitting)
+        fates[(fates == Rejection.OPEN) & _comes_after(ablation, best)] = Rejection.BEATEN
+        fates[best] = Rejection.BEST
+    return Verdicts(fates, best, fitting)
 
 
 def _before(kl: Float[Tensor, "candidate"], among: Bool[Tensor, "candidate"]) -> Int[Tensor, "candidate"]:

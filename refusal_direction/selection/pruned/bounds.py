@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from refusal_direction.metrics import Measure
+from refusal_direction.scoring.metrics import Measure
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
     from torch import Tensor
 
-__all__ = ["SLACK", "Cell", "Table"]
+__all__ = ["SLACK", "ScoreRequest", "Table"]
 
 SLACK = 1e-4
 """The least by which bounds are lowered, more than rounding raises them in float32. Complete means are exact."""
 
 
-class Cell(NamedTuple):
+class ScoreRequest(NamedTuple):
     """One score: of a candidate, by a measure, on one of the measure's prompts."""
 
     candidate: int
@@ -52,7 +52,7 @@ class Table:
         self.slack = dict.fromkeys(floors, SLACK)
         """By how much bounds are lowered: more than rounding could have raised them."""
 
-    def enter(self, cells: Sequence[Cell], scores: Iterable[float]) -> None:
+    def enter(self, cells: Sequence[ScoreRequest], scores: Iterable[float]) -> None:
         """Record what was measured; NaN is a score, too."""
         for (candidate, measure, prompt), score in zip(cells, scores, strict=True):
             self.scores[measure][candidate, prompt] = score
@@ -62,10 +62,10 @@ class Table:
         """Lower bounds by what rounding was seen to do, if that is more."""
         self.slack = {measure: max(SLACK, noise.get(measure, 0.0)) for measure in self.slack}  # NaN is not more
 
-    def missing(self, candidate: int, measure: Measure) -> list[Cell]:
+    def missing(self, candidate: int, measure: Measure) -> list[ScoreRequest]:
         """What has not been measured of a candidate."""
         prompts = torch.nonzero(~self.known[measure][candidate]).flatten().tolist()
-        return [Cell(candidate, measure, prompt) for prompt in prompts]
+        return [ScoreRequest(candidate, measure, prompt) for prompt in prompts]
 
     def costs(self, measure: Measure) -> Float[Tensor, "candidate prompt"]:
         """Scores times the measure's sign; NaN where not measured."""

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["Clock", "recorded_warnings"]
+__all__ = ["StageTimer", "recorded_warnings"]
 
 
 class _Recorder(logging.Handler):
@@ -31,7 +31,7 @@ def recorded_warnings() -> Iterator[list[str]]:
         logger.removeHandler(recorder)
 
 
-class Clock:
+class StageTimer:
     """Wall time of each stage, in seconds."""
 
     def __init__(self, seconds: dict[str, float] | None = None) -> None:

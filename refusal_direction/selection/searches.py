@@ -12,13 +12,14 @@ from torch import Tensor
 
 from refusal_direction.config import Config
 from refusal_direction.errors import ConfigurationError, NoCandidateError
-from refusal_direction.metrics import LEAST_REFUSAL, Measure, kl_floor
-from refusal_direction.rounding import Noise, ties
-from refusal_direction.scoring import ALL, Scores, Setting, rows_of
-from refusal_direction.search import Cell, Conditions, Found, search
-from refusal_direction.selection import (
+from refusal_direction.scoring.metrics import LEAST_REFUSAL, Measure, kl_floor
+from refusal_direction.scoring.noise import Noise, ties
+from refusal_direction.scoring.passes import Progress, ScoringPasses
+from refusal_direction.scoring.scores import ALL, Scores, ScoringContext, rows_of
+from refusal_direction.selection.pruned.search import Conditions, Found, ScoreRequest, search
+from refusal_direction.selection.rules import (
     CandidateScore,
-    Fate,
+    Rejection,
     Selection,
     all_admitted,
     reasons,
@@ -29,16 +30,15 @@ from refusal_direction.selection import (
     warn_of_relaxed_kl,
     warn_of_waived_steering,
 )
-from refusal_direction.sweeps import Progress, Sweeps
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-__all__ = ["Choice", "choose", "search_name"]
+__all__ = ["SelectionResult", "select_direction", "search_name"]
 
 
 @dataclass(frozen=True)
-class Choice:
+class SelectionResult:
     """The candidate chosen, and what it was chosen by."""
 
     scores: Scores
@@ -95,12 +95,12 @@ def search_name(config: Config) -> str:
     return name
 
 
-def choose(setting: Setting, config: Config, *, progress: Progress) -> Choice:
+def select_direction(setting: ScoringContext, config: Config, *, progress: Progress) -> SelectionResult:
     """Score the candidates as the configuration asks, and select one.
 
     Raises NoCandidateError where no candidate can be selected.
     """
-    name, sweeps = search_name(config), Sweeps(setting, config, progress)
+    name, sweeps = search_name(config), ScoringPasses(setting, config, progress)
     if bool(sweeps.null.all()):
         raise NoCandidateError(
             "Every candidate has length zero: harmful and harmless training prompts leave the same activations. Are they the same?"
@@ -114,10 +114,10 @@ def choose(setting: Setting, config: Config, *, progress: Progress) -> Choice:
     return _choice(sweeps, name, outcome)
 
 
-def _choice(sweeps: Sweeps, name: str, outcome: _Outcome) -> Choice:
+def _choice(sweeps: ScoringPasses, name: str, outcome: _Outcome) -> SelectionResult:
     assert sweeps.scores is not None, "nothing has been measured"
     means, noise = sweeps.means(), sweeps.repeats.noise
-    return Choice(
+    return SelectionResult(
         scores=sweeps.scores,
         means=means,
         selection=outcome.chosen,
@@ -139,7 +139,7 @@ def _choice(sweeps: Sweeps, name: str, outcome: _Outcome) -> Choice:
     )
 
 
-def _exhaustively(sweeps: Sweeps, config: Config) -> _Outcome:
+def _exhaustively(sweeps: ScoringPasses, config: Config) -> _Outcome:
     sweeps.run("Sweep 2: interventions", sweeps.rows(ALL))
     chosen = select(
         sweeps.means(), sweeps.setting.candidates.shape[1], thresholds=config.thresholds, null=_null(sweeps)
@@ -147,7 +147,7 @@ def _exhaustively(sweeps: Sweeps, config: Config) -> _Outcome:
     return _Outcome(chosen, among=_shallow(sweeps), kl=config.thresholds.kl, steering=config.thresholds.induce)
 
 
-def _by_kl_first(sweeps: Sweeps, config: Config, top_k: int | None) -> _Outcome:
+def _by_kl_first(sweeps: ScoringPasses, config: Config, top_k: int | None) -> _Outcome:
     """The published rule for images with text; without `top_k` every candidate is scored, and considered."""
     n_layers = sweeps.setting.candidates.shape[1]
     everyone = range(len(sweeps.null))
@@ -167,11 +167,11 @@ def _by_kl_first(sweeps: Sweeps, config: Config, top_k: int | None) -> _Outcome:
     return _Outcome(chosen, among=finalists, kl=config.thresholds.kl if strict else inf, steering=steering)
 
 
-def _pruned(sweeps: Sweeps, config: Config) -> _Outcome:
+def _pruned(sweeps: ScoringPasses, config: Config) -> _Outcome:
     """The same candidate, by bounds (search/)."""
     setting, thresholds = sweeps.setting, config.thresholds
 
-    def ask(cells: Sequence[Cell]) -> list[float]:
+    def ask(cells: Sequence[ScoreRequest]) -> list[float]:
         name = f"Sweep {sweeps.n_sweeps + 2}: {len({cell.candidate for cell in cells})} candidates"
         scores = sweeps.run(name, rows_of(cells, **setting.validation))
         return [float(scores.of(cell.measure)[cell.candidate, cell.prompt]) for cell in cells]
@@ -193,9 +193,9 @@ def _pruned(sweeps: Sweeps, config: Config) -> _Outcome:
     return _unselected(sweeps, config, found) if found.best is None else _selected(sweeps, config, found, found.best)
 
 
-def _selected(sweeps: Sweeps, config: Config, found: Found, best: int) -> _Outcome:
+def _selected(sweeps: ScoringPasses, config: Config, found: Found, best: int) -> _Outcome:
     why, means = reasons(config.rules, sweeps.limit, config.thresholds), sweeps.means()
-    ruled_out = {Fate.NULL, Fate.BROKEN, Fate.LAYER, Fate.RANK}
+    ruled_out = {Rejection.NULL, Rejection.BROKEN, Rejection.LAYER, Rejection.RANK}
     bounds = {measure.value: (measure.sign * found.table.bound(measure)).tolist() for measure in Measure}
     return _Outcome(
         chosen=selection(best, means[best], found.fates, why),
@@ -209,7 +209,7 @@ def _selected(sweeps: Sweeps, config: Config, found: Found, best: int) -> _Outco
     )
 
 
-def _unselected(sweeps: Sweeps, config: Config, found: Found) -> _Outcome:
+def _unselected(sweeps: ScoringPasses, config: Config, found: Found) -> _Outcome:
     """Measure the rest and select as an exhaustive search does, which raises NoCandidateError with the nearest misses."""
     if config.rules.relative_steering:
         raise NoCandidateError("Every score of every candidate is NaN. Try --dtype float32.")
@@ -222,7 +222,7 @@ def _unselected(sweeps: Sweeps, config: Config, found: Found) -> _Outcome:
     return _Outcome(chosen, among=_shallow(sweeps), kl=config.thresholds.kl, steering=config.thresholds.induce)
 
 
-def _conditions(sweeps: Sweeps, config: Config) -> Conditions:
+def _conditions(sweeps: ScoringPasses, config: Config) -> Conditions:
     thresholds, rules = config.thresholds, config.rules
     layers = torch.tensor(sweeps.flat.layers)
     start = _harmless_baseline(sweeps.setting) if rules.relative_steering else 0.0
@@ -236,7 +236,7 @@ def _conditions(sweeps: Sweeps, config: Config) -> Conditions:
     )
 
 
-def _floors(setting: Setting) -> dict[Measure, Float[Tensor, "prompt"]]:
+def _floors(setting: ScoringContext) -> dict[Measure, Float[Tensor, "prompt"]]:
     """Costs cannot be lower: a refusal score on either side, the KL by each prompt's own baseline."""
     harmful, harmless = setting.validation["harmful"], setting.validation["harmless"]
     return {
@@ -246,14 +246,14 @@ def _floors(setting: Setting) -> dict[Measure, Float[Tensor, "prompt"]]:
     }
 
 
-def _shallow(sweeps: Sweeps) -> list[int]:
+def _shallow(sweeps: ScoringPasses) -> list[int]:
     """The candidates that have a length and are not of the last layers."""
     return [i for i, layer in enumerate(sweeps.flat.layers) if layer < sweeps.limit and not sweeps.null[i]]
 
 
-def _null(sweeps: Sweeps) -> frozenset[int]:
+def _null(sweeps: ScoringPasses) -> frozenset[int]:
     return frozenset(torch.nonzero(sweeps.null).flatten().tolist())
 
 
-def _harmless_baseline(setting: Setting) -> float:
+def _harmless_baseline(setting: ScoringContext) -> float:
     return float(setting.baseline.refusal[setting.kept["harmless_val"]].mean())

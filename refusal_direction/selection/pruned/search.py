@@ -16,19 +16,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from refusal_direction.metrics import Measure
-from refusal_direction.search.plan import Hints, first_round, next_round
-from refusal_direction.search.table import Cell, Table
-from refusal_direction.search.verdicts import Conditions, Judgement, judge
-from refusal_direction.selection import Fate
+from refusal_direction.scoring.metrics import Measure
+from refusal_direction.selection.pruned.bounds import ScoreRequest, Table
+from refusal_direction.selection.pruned.planner import Hints, first_round, next_round
+from refusal_direction.selection.pruned.verdicts import Conditions, Verdicts, judge
+from refusal_direction.selection.rules import Rejection
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
     from torch import Tensor
 
-__all__ = ["Ask", "Cell", "Conditions", "Found", "Hints", "search"]
+__all__ = ["Ask", "ScoreRequest", "Conditions", "Found", "Hints", "search"]
 
-Ask = Callable[[Sequence[Cell]], Iterable[float]]
+Ask = Callable[[Sequence[ScoreRequest]], Iterable[float]]
 """Measures what the cells stand for: each call is a pass over the weights. Cells come sorted by candidate and measure."""
 
 
@@ -38,7 +38,7 @@ class Found:
 
     best: int | None
     """The selected candidate, measured in full; None where no candidate can be selected."""
-    fates: tuple[Fate, ...]
+    fates: tuple[Rejection, ...]
     """Why each of the others is not selected."""
     conditions: Conditions
     """Those in force at the end: some are dropped where no candidate meets them."""
@@ -76,21 +76,23 @@ def search(
             continue
         step = _fall_back(table, conditions, judgement) if judgement.best is None and fallbacks else None
         if step is None:
-            fates = tuple(map(Fate, judgement.fates.tolist()))
+            fates = tuple(map(Rejection, judgement.fates.tolist()))
             return Found(judgement.best, fates, conditions, table)
         conditions, cells = step
         if cells:
             _measure(table, cells, ask)
 
 
-def _measure(table: Table, cells: Sequence[Cell], ask: Ask) -> None:
+def _measure(table: Table, cells: Sequence[ScoreRequest], ask: Ask) -> None:
     assert cells, "the search has nothing to measure, and yet nothing proven"
     order = list(Measure)
     cells = sorted(cells, key=lambda cell: (cell.candidate, order.index(cell.measure)))
     table.enter(cells, ask(cells))
 
 
-def _fall_back(table: Table, conditions: Conditions, judgement: Judgement) -> tuple[Conditions, list[Cell]] | None:
+def _fall_back(
+    table: Table, conditions: Conditions, judgement: Verdicts
+) -> tuple[Conditions, list[ScoreRequest]] | None:
     """Where every candidate is out: which condition is dropped, and what must be measured first. None: all have been."""
     known = table.complete(Measure.KL)
     if (judgement.fitting & known).any():  # it is the steering that none of them meets
@@ -102,6 +104,6 @@ def _fall_back(table: Table, conditions: Conditions, judgement: Judgement) -> tu
     return None
 
 
-def _all_kl(table: Table, among: Bool[Tensor, "candidate"]) -> list[Cell]:
+def _all_kl(table: Table, among: Bool[Tensor, "candidate"]) -> list[ScoreRequest]:
     candidates = torch.nonzero(among).flatten().tolist()
     return [cell for candidate in candidates for cell in table.missing(candidate, Measure.KL)]

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from refusal_direction.candidates import Candidates
 from refusal_direction.directions import NULL_NORM
-from refusal_direction.engine import Candidates, Engine, Kind, Row, Tick, silent
-from refusal_direction.metrics import Measure, kl_divergence, refusal_mass, refusal_score
-from refusal_direction.processes import everywhere, share, summed
-from refusal_direction.search import Cell
-from refusal_direction.store import NOWHERE, Store
+from refusal_direction.engine import Engine, Intervention, Row, Tick, silent
+from refusal_direction.runtime.processes import all_ranks, all_sum, share
+from refusal_direction.runtime.store import NO_CHECKPOINTS, CheckpointStore
+from refusal_direction.scoring.metrics import Measure, kl_divergence, refusal_probability, refusal_score
+from refusal_direction.selection.pruned.search import ScoreRequest
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -26,7 +27,7 @@ __all__ = [
     "ALL",
     "Baseline",
     "Scores",
-    "Setting",
+    "ScoringContext",
     "baseline_bytes",
     "intervention_rows",
     "measure_baseline",
@@ -37,7 +38,7 @@ __all__ = [
 ]
 
 
-_KINDS = tuple(Kind)
+_KINDS = tuple(Intervention)
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def baseline_bytes(stream: ResidualStream, *, n_activations: int, n_positions: i
 
 
 @dataclass(frozen=True)
-class Setting:
+class ScoringContext:
     """What candidates are scored in, and what a choice is made from."""
 
     engine: Engine
@@ -71,13 +72,13 @@ class Setting:
     baseline: Baseline
     kept: dict[str, list[int]]
     """For each set, the prompts that the filter left."""
-    store: Store = NOWHERE
+    store: CheckpointStore = NO_CHECKPOINTS
     """Where earlier runs may have left results, and where they are left."""
 
     @property
     def flat(self) -> Candidates:
         """The candidates in (position, layer) order."""
-        return Candidates.of(self.candidates)
+        return Candidates.from_grid(self.candidates, "difference_of_means")
 
     @property
     def validation(self) -> dict[str, list[int]]:
@@ -118,7 +119,7 @@ def measure_baseline(
     activations_of: Sequence[int],
     logits_of: Sequence[int],
     tick: Tick = silent,
-    store: Store = NOWHERE,
+    store: CheckpointStore = NO_CHECKPOINTS,
 ) -> Baseline:
     """Sweep 1: every prompt once.
 
@@ -148,7 +149,7 @@ def measure_baseline(
             logits_kept = logits.new_zeros(len(logits_place), logits.shape[-1])
         prompts = [row.prompt for row in rows]
         refusal[prompts] = refusal_score(logits, tokens.ids).cpu().double()
-        mass[prompts] = refusal_mass(logits, tokens.ids).cpu().double()
+        mass[prompts] = refusal_probability(logits, tokens.ids).cpu().double()
         ours = [index for index, prompt in enumerate(prompts) if prompt in logits_place]
         logits_kept[[logits_place[prompts[index]] for index in ours]] = logits[ours]
 
@@ -162,19 +163,19 @@ def measure_baseline(
     if not mine:  # a prompt of another process has shown what logits look like
         for seen in (refusal, mass, activations, logits_kept):
             seen.zero_()
-    if not everywhere(engine.name == "layer-major"):
+    if not all_ranks(engine.name == "layer-major"):
         engine.adopt("hooked", "Run layer by layer, the model went astray in another process.")
     results = ("refusal", "mass", "activations", "logits")
-    part = dict(zip(results, summed(refusal, mass, activations, logits_kept), strict=True))
+    part = dict(zip(results, all_sum(refusal, mass, activations, logits_kept), strict=True))
     part["hooked"] = torch.tensor(engine.name == "hooked")
     store.save("baseline", part)
     return _baseline(part, logits_of)
 
 
-def _stored_baseline(engine: Engine, store: Store) -> Mapping[str, Tensor] | None:
+def _stored_baseline(engine: Engine, store: CheckpointStore) -> Mapping[str, Tensor] | None:
     """What an earlier run has left, if every process finds it; the engine is then the one that was used."""
     stored = store.load("baseline")
-    if not everywhere(stored is not None) or stored is None:
+    if not all_ranks(stored is not None) or stored is None:
         return None
     engine.adopt("hooked" if stored["hooked"] else "layer-major", "An earlier part of this run was done so.")
     return stored
@@ -202,9 +203,9 @@ def intervention_rows(
     layer 0 often gives such candidates. They change nothing, and their scores are the baseline's.
     """
     needs = (
-        (Measure.ABLATION, harmful, Kind.ABLATION),
-        (Measure.KL, harmless, Kind.ABLATION),
-        (Measure.STEERING, harmless, Kind.STEERING),
+        (Measure.ABLATION, harmful, Intervention.ABLATION),
+        (Measure.KL, harmless, Intervention.ABLATION),
+        (Measure.STEERING, harmless, Intervention.STEERING),
     )
     null = null_candidates(candidates)
     return [
@@ -217,12 +218,12 @@ def intervention_rows(
     ]
 
 
-def rows_of(cells: Sequence[Cell], *, harmful: Sequence[int], harmless: Sequence[int]) -> list[Row]:
+def rows_of(cells: Sequence[ScoreRequest], *, harmful: Sequence[int], harmless: Sequence[int]) -> list[Row]:
     """The rows that measure the cells of a search."""
     return [
         Row(
             (harmful if cell.measure is Measure.ABLATION else harmless)[cell.prompt],
-            Kind.STEERING if cell.measure is Measure.STEERING else Kind.ABLATION,
+            Intervention.STEERING if cell.measure is Measure.STEERING else Intervention.ABLATION,
             cell.candidate,
         )
         for cell in cells
@@ -236,12 +237,14 @@ def null_candidates(candidates: Candidates) -> Bool[Tensor, "candidate"]:
 
 def measure_of(row: Row, harmful: Container[int]) -> Measure:
     """What an intervention's row is run for: it follows from what is done to which kind of prompt."""
-    if row.kind is Kind.STEERING:
+    if row.kind is Intervention.STEERING:
         return Measure.STEERING
     return Measure.ABLATION if row.prompt in harmful else Measure.KL
 
 
-def score_candidates(setting: Setting, candidates: Candidates, *, rows: Sequence[Row], tick: Tick = silent) -> Scores:
+def score_candidates(
+    setting: ScoringContext, candidates: Candidates, *, rows: Sequence[Row], tick: Tick = silent
+) -> Scores:
     """Sweep 2: run `rows` and read off the scores of each candidate.
 
     Args:
@@ -266,7 +269,9 @@ def score_candidates(setting: Setting, candidates: Candidates, *, rows: Sequence
     return scores
 
 
-def _run_parts(setting: Setting, candidates: Candidates, *, rows: Sequence[Row], tick: Tick) -> Float[Tensor, "row 2"]:
+def _run_parts(
+    setting: ScoringContext, candidates: Candidates, *, rows: Sequence[Row], tick: Tick
+) -> Float[Tensor, "row 2"]:
     """Each row's refusal score, and where its prompt's logits are known its KL divergence: of this and all other processes.
 
     Rows that an earlier run has finished are not run again, however it was cut into parts: that depends on free memory.
@@ -278,7 +283,9 @@ def _run_parts(setting: Setting, candidates: Candidates, *, rows: Sequence[Row],
     def consume(some: list[Row], logits: Tensor) -> None:
         places = [place[row] for row in some]
         measured[places, 0] = refusal_score(logits, setting.tokens.ids).cpu().double()
-        compared = [i for i, row in enumerate(some) if row.kind is Kind.ABLATION and row.prompt in baseline.logits]
+        compared = [
+            i for i, row in enumerate(some) if row.kind is Intervention.ABLATION and row.prompt in baseline.logits
+        ]
         if compared:
             before = torch.stack([baseline.logits[some[i].prompt] for i in compared]).to(logits.device)
             divergence = kl_divergence(before, logits[compared])
@@ -298,7 +305,7 @@ def _run_parts(setting: Setting, candidates: Candidates, *, rows: Sequence[Row],
             engine.intervene(left, candidates, consume, tick=tick)
             ran = torch.tensor([_as_numbers(row) for row in left])
             store.save(f"{group}-{store.key(ran)}", {"rows": ran, "measured": measured[[place[row] for row in left]]})
-    measured, n_processes = summed(measured, n_processes)
+    measured, n_processes = all_sum(measured, n_processes)
     assert bool((n_processes == 1).all()), "processes disagree on who runs what"
     return measured
 
