@@ -16,32 +16,12 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-__all__ = [
-    "ablate",
-    "in_own_dtype",
-    "mean_difference",
-    "widest_dtype",
-    "rank_heuristic",
-    "residual_component",
-    "unit",
-    "NULL_NORM",
-]
-
-NULL_NORM = 1e-12
-"""A candidate shorter than this intervenes nowhere: its ablation scales x by less than one part in 10^8 (see `unit`)."""
+__all__ = ["ablate", "in_own_dtype", "residual_component", "unit", "widest_dtype"]
 
 
 def widest_dtype(device: torch.device | str) -> torch.dtype:
     """The widest float of a device: float64, but float32 on MPS, which has no float64."""
     return torch.float32 if torch.device(device).type == "mps" else torch.float64
-
-
-def mean_difference(
-    harmful: Float[Tensor, "harmful *site d_model"], harmless: Float[Tensor, "harmless *site d_model"]
-) -> Float[Tensor, "*site d_model"]:
-    """Difference of means, harmful minus harmless, accumulated in `precise` (paper, eq. 3)."""
-    dtype = widest_dtype(harmful.device)
-    return harmful.mean(0, dtype=dtype) - harmless.mean(0, dtype=dtype)
 
 
 def unit(r: Float[Tensor, "*site d_model"]) -> Float[Tensor, "*site d_model"]:
@@ -83,19 +63,6 @@ def _ablated_once(x: Tensor, u: Tensor) -> Tensor:
     rows = x.reshape(len(u), -1, u.shape[-1])
     along = torch.bmm(rows, u.unsqueeze(-1))
     return torch.baddbmm(rows, along, u.unsqueeze(1), alpha=-1).view(x.shape)
-
-
-def rank_heuristic(
-    candidates: Float[Tensor, "position layer d_model"], harmless: Float[Tensor, "harmless position layer d_model"]
-) -> Float[Tensor, "position layer"]:
-    """A cheap guess at which candidates carry refusal best: the higher, the more promising.
-
-    How far a candidate separates the means, relative to the length of the stream there, times its cosine with the
-    direction that arrives at the last token after the last layer: what the head reads.
-    """
-    lengths = harmless.norm(dim=-1).mean(0, dtype=candidates.dtype)
-    units = unit(candidates)
-    return (units @ units[-1, -1]) * candidates.norm(dim=-1) / lengths.clamp_min(1e-30)
 
 
 def residual_component(x: Float[Tensor, "row token d_model"], u: Float[Tensor, "row d_model"]) -> float:

@@ -108,17 +108,18 @@ class Engine:
         """What each row holds in memory while it is under way."""
         return self._runner.row_bytes(rows)
 
-    def _fall_back(self, reason: str) -> None:
-        log.warning("Plain hooked forwards are used, which is slower but exact. %s", reason)
+    def _fall_back(self, reason: str | None) -> None:
+        if reason is not None:
+            log.warning("Plain hooked forwards are used, which is slower but exact. %s", reason)
         self.stream.skeleton.held.close()
         self._runner = Hooked(self.stream, self.prompts, self.budget, together=self._apart)
 
-    def parts(self, rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+    def passes(self, rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
         """The rows as they go through together: each part is a pass over the weights of its own."""
-        return self._runner.parts(rows)
+        return self._runner.passes(rows)
 
-    def adopt(self, name: str, reason: str) -> None:
-        """Go on as an engine of this name, whose first pass has been watched elsewhere."""
+    def adopt(self, name: str, reason: str | None = None) -> None:
+        """Go on as an engine of this name, whose first pass was verified elsewhere; warn of a fallback if there is a reason."""
         if name == "hooked" and self.name != name:
             self._fall_back(reason)
         self.stream.skeleton.held.close()
@@ -211,7 +212,7 @@ class Engine:
     def depth(self, row: Row, candidates: Candidates | None) -> int:
         """How many layers a row goes through: steered rows branch off at their own, unless forwards are hooked."""
         n_layers = len(self.stream.layers)
-        if candidates is None or row.kind is not Intervention.STEERING or not self._runner.branches:
+        if candidates is None or row.intervention is not Intervention.STEERING or not self._runner.branches:
             return n_layers
         return n_layers - candidates.layers[row.candidate]
 

@@ -47,7 +47,7 @@ class Hooked:
         self.stream, self.prompts, self.budget, self._together = stream, prompts, budget, together
         self.leak = 0.0
 
-    def parts(self, rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+    def passes(self, rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
         """As LayerMajor.parts; here they only say how often finished work is kept."""
         yield from (rows[begin : begin + _ROWS_IN_A_PART] for begin in range(0, len(rows), _ROWS_IN_A_PART))
 
@@ -92,15 +92,15 @@ class Hooked:
         for row in rows:
             layer = (
                 None
-                if candidates is None or row.kind is not Intervention.STEERING
+                if candidates is None or row.intervention is not Intervention.STEERING
                 else candidates.layers[row.candidate]
             )
-            together.setdefault((shape_of(self.prompts[row.prompt]), row.kind, layer), []).append(row)
+            together.setdefault((shape_of(self.prompts[row.prompt]), row.intervention, layer), []).append(row)
         yield from together.values()
 
     @contextmanager
     def _intervention(self, rows: list[Row], candidates: Candidates | None) -> Iterator[None]:
-        kind = rows[0].kind
+        kind = rows[0].intervention
         if candidates is None or kind is Intervention.BASELINE:
             yield
             return

@@ -177,7 +177,7 @@ class LayerMajor:
         """
         tables = Tables.of(candidates, self._groups[0].prelude.hidden)
         reference_logits = None
-        for some in self.parts(rows):
+        for some in self.passes(rows):
             length_groups = list(lay_out(some, self._places, candidates, tables=tables))
             step = self._step(length_groups, self._lead(some, length_groups, candidates, tables), observe, tick)
             with self.skeleton.held:  # layers kept in memory for the probes are released after the first pass
@@ -190,7 +190,7 @@ class LayerMajor:
             self._finish(length_groups, consume)
         return reference_logits
 
-    def parts(self, rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+    def passes(self, rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
         """The rows as they go through together: each part is a pass over the weights of its own."""
         yield from self.budget.chunks(rows, self.row_bytes(rows))
 
@@ -198,9 +198,9 @@ class LayerMajor:
         """What each row holds while it is under way; the first of an intervention also its lead, with keys and values."""
         sizes = {prompt: self._groups[group].prelude.hidden[0].nbytes for prompt, (group, _) in self._places.items()}
         lead = 3 * sizes.get(_LEAD, 0)
-        before = [None, *((row.kind, row.candidate) for row in rows)]
+        before = [None, *((row.intervention, row.candidate) for row in rows)]
         return [
-            sizes[row.prompt] + (lead if (row.kind, row.candidate) != last else 0)
+            sizes[row.prompt] + (lead if (row.intervention, row.candidate) != last else 0)
             for row, last in zip(rows, before, strict=False)
         ]
 
@@ -331,7 +331,7 @@ class LayerMajor:
         ablated = [
             index
             for index, row in enumerate(length_group.rows[:entered])
-            if row is not None and row.kind is Intervention.ABLATION
+            if row is not None and row.intervention is Intervention.ABLATION
         ]
         some = ablated[:: max(1, len(ablated) // 4)]
         if some:

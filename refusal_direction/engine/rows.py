@@ -38,7 +38,7 @@ class Row:
     """One prompt (its index) under one intervention by one candidate (its index; -1 for the baseline)."""
 
     prompt: int
-    kind: Intervention = Intervention.BASELINE
+    intervention: Intervention = Intervention.BASELINE
     candidate: int = -1
 
 
@@ -87,11 +87,11 @@ class LengthGroup:
     @property
     def n_baseline(self) -> int:
         """Rows that are run as they are and asked for; they stand first."""
-        return sum(row is not None and row.kind is Intervention.BASELINE for row in self.rows)
+        return sum(row is not None and row.intervention is Intervention.BASELINE for row in self.rows)
 
     @property
     def any_ablated(self) -> bool:
-        return any(row is not None and row.kind is Intervention.ABLATION for row in self.rows)
+        return any(row is not None and row.intervention is Intervention.ABLATION for row in self.rows)
 
     def entered(self, layer: int) -> int:
         """How many rows are under way once those that start at `layer` have entered."""
@@ -131,10 +131,10 @@ def lay_out(
 def _lane(
     group: int, members: list[Row], places: dict[int, int], layers: tuple[int, ...], tables: Tables
 ) -> LengthGroup:
-    baseline = [row for row in members if row.kind is Intervention.BASELINE]
-    ablated = [row for row in members if row.kind is Intervention.ABLATION]
+    baseline = [row for row in members if row.intervention is Intervention.BASELINE]
+    ablated = [row for row in members if row.intervention is Intervention.ABLATION]
     steered = sorted(
-        (row for row in members if row.kind is Intervention.STEERING), key=lambda row: layers[row.candidate]
+        (row for row in members if row.intervention is Intervention.STEERING), key=lambda row: layers[row.candidate]
     )
     there = dict.fromkeys(row.prompt for row in baseline)
     missing = [prompt for prompt in dict.fromkeys(row.prompt for row in steered) if prompt not in there]

@@ -8,7 +8,7 @@ of the devices.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import accumulate, chain
@@ -19,9 +19,21 @@ from refusal_direction.errors import ConfigurationError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["all_ranks", "joined", "all_max", "local_rank", "rank", "gather_warnings", "share", "size", "all_sum"]
+__all__ = [
+    "all_ranks",
+    "joined",
+    "all_max",
+    "local_rank",
+    "rank",
+    "gather_warnings",
+    "merge_ranks",
+    "share",
+    "size",
+    "all_sum",
+]
 
 _T = TypeVar("_T")
+_K = TypeVar("_K")
 _PATIENCE = timedelta(days=7)  # with another process's pass over the weights; one that has died is noticed at once
 _group: Any = None  # of the processes that have met
 _REMEDY = (
@@ -109,6 +121,18 @@ def all_max(here: float) -> float:
 def all_sum(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The sums over all processes. Each has zeros for what the others ran, so nothing is rounded."""
     return tuple(_together(tensor, "SUM") for tensor in tensors)
+
+
+def merge_ranks(here: Mapping[_K, _T]) -> dict[_K, _T]:
+    """The entries of all processes together; tensors arrive on the CPU."""
+    if _group is None:
+        return dict(here)
+    import torch.distributed as distributed
+
+    parts: list[dict[_K, _T]] = [{} for _ in range(size())]
+    moved = {key: value.cpu() if hasattr(value, "cpu") else value for key, value in here.items()}
+    distributed.all_gather_object(parts, moved, group=_group)
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def gather_warnings(messages: Sequence[str]) -> list[str]:
