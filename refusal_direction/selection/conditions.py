@@ -62,7 +62,7 @@ class Conditions:
         """
         thresholds, relative = config.thresholds, config.rules.relaxing
         return cls(
-            layer_limit=layer_limit(n_layers, thresholds),
+            layer_limit=float(layer_limit(n_layers, thresholds)),
             kl_threshold=thresholds.kl_threshold,
             induce_threshold=thresholds.induce_threshold + (harmless_baseline if relative else 0.0),
             top_k_candidates=thresholds.top_k_candidates,
