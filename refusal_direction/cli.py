@@ -267,13 +267,6 @@ def _inspect(config: Config) -> None:
     _show(report.inspection(inspect(config)))
 
 
-def _set_up_memory() -> None:
-    """This process is ours, so it may keep few of oneDNN's kernels, as large products by it ask for."""
-    from refusal_direction.engine.shortcuts.products import keep_few_kernels
-
-    keep_few_kernels()
-
-
 def _open_output() -> None:
     """Where a stream was closed before we began, what goes there goes nowhere."""
     for name in ("stdout", "stderr"):
@@ -343,7 +336,6 @@ def _main(argv: Sequence[str] | None, defaults: Config) -> int:
         config = config_from(_arguments(flags, defaults), defaults.rules)
         before = _finished(config)
         _set_up_output()
-        _set_up_memory()
         task(config)
     except BrokenPipeError:  # as by `| head`: whoever reads has seen enough, and results are written
         _discard_output()
