@@ -96,13 +96,6 @@ def _inspect(config: Config) -> None:
     _show(str(inspect(config)))
 
 
-def _set_up_memory() -> None:
-    """Keep few of oneDNN's kernels, as large products by it require; this process is ours."""
-    from refusal_direction.engine.shortcuts.products import keep_few_kernels
-
-    keep_few_kernels()
-
-
 def _open_output() -> None:
     """Redirect closed streams to devnull."""
     for name in ("stdout", "stderr"):
@@ -172,7 +165,6 @@ def _main(argv: Sequence[str] | None, defaults: Config) -> int:
         config = parse(flags, defaults)
         before = _checkpoints(config)
         _set_up_output()
-        _set_up_memory()
         command(config)
     except BrokenPipeError:  # as by `| head`: the reader has seen enough, and results are written
         _discard_output()

@@ -13,7 +13,6 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 from transformers import PreTrainedModel
 
-from refusal_direction.engine.shortcuts import products as products
 from refusal_direction.errors import ConfigurationError, OutOfMemoryError
 from refusal_direction.models.placement import execution_device, is_offloaded
 from refusal_direction.runtime.memory import free_bytes, keep_freed
@@ -24,7 +23,6 @@ log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 _CPU_TOKENS = 3072  # a few per cent quicker than half as many
-_BLOCKED_TOKENS = 1536  # laying out weights takes as long as a product of two hundred, and gains a seventh
 _DEVICE_TOKENS = 16384  # enough to fill a large GPU; more only costs memory
 _HIDDEN_BYTES = 512 << 20  # where weights stay in memory, more rows under way save nothing
 _LOGIT_BYTES = 256 << 20
@@ -60,7 +58,6 @@ class Budget:
         self._widest = max(_width(module) for layer in layers for module in layer.modules())
         self._vocab = model.config.get_text_config().vocab_size
         self._shrunk = 1.0
-        self._room_for_blocks = False
         self.hidden_bytes = 0
         """What the hidden states of all rows under way may take."""
         self.reserve(0)
@@ -81,8 +78,6 @@ class Budget:
                 f"{ceil((held + least) / 2**20)}MiB. Raise it, or take fewer prompts (--n_train, --n_val)."
             )
         most = _CPU_TOKENS if device.type == "cpu" else _DEVICE_TOKENS
-        if device.type == "cpu" and self._model.dtype is torch.float32:
-            memory -= self._set_aside_blocks(memory)
         self._tokens = min(most, max(1, int(0.2 * memory) // a_token))
         self._logit_rows = max(1, min(1024, min(_LOGIT_BYTES, int(0.2 * memory)) // a_row_of_logits))
         most_hidden = memory // 3 if is_offloaded(self._model) else min(memory // 4, _HIDDEN_BYTES)
@@ -97,16 +92,6 @@ class Budget:
         operations *= _TIMES_OFFLOADED if is_offloaded(self._model) else 1
         tokens = operations / (2 * sum(weight.numel() for weight in self._layers.parameters()))
         return int(tokens * self._model.get_input_embeddings().weight.shape[-1] * self._model.dtype.itemsize)
-
-    def _set_aside_blocks(self, memory: int) -> int:
-        """What of this memory goes to a layer in blocks (`BlockedWeights`): all it needs where that is little, else nothing."""
-        needed = max(products.blocked_bytes(layer, _CPU_TOKENS, self._widest) for layer in self._layers)
-        self._room_for_blocks = products.available() and needed <= memory // 8
-        return needed if self._room_for_blocks else 0
-
-    def blocks(self, tokens: int) -> bool:
-        """Whether a layer's weights are brought into blocks for so many tokens."""
-        return self._room_for_blocks and tokens >= _BLOCKED_TOKENS
 
     def rows(self, length: int) -> int:
         """How many rows of `length` tokens go through a layer at once."""

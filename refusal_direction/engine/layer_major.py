@@ -23,7 +23,6 @@ from refusal_direction.engine.interventions import ResidualStream
 from refusal_direction.engine.residency import resident
 from refusal_direction.engine.rows import Intervention, LengthGroup, Row, Tables, lay_out
 from refusal_direction.engine.shortcuts.prefix import find_prefix
-from refusal_direction.engine.shortcuts.products import BlockedWeights
 from refusal_direction.engine.shortcuts.token_wise import last_token, token_wise_child
 from refusal_direction.engine.skeleton import LayerCall, Prelude, hidden_states_of, replaced_forwards, shape_of
 from refusal_direction.errors import UnsupportedModelError
@@ -112,10 +111,6 @@ class LayerMajor:
     def shared(self) -> int:
         """How many tokens all prompts begin with that are run apart."""
         return 0 if self._prefix is None else self._prefix.ids.shape[1]
-
-    def _tokens_of(self, length_group: LengthGroup) -> int:
-        """How many tokens a row of it has."""
-        return self._groups[length_group.group].prelude.hidden.shape[1]
 
     def _length(self, prompt: int) -> int:
         return self.prompts[prompt]["input_ids"].shape[-1]
@@ -247,15 +242,13 @@ class LayerMajor:
         self, length_groups: list[LengthGroup], lead: LengthGroup | None, observe: Observe | None, tick: Tick
     ) -> Callable[[int], None]:
         def step(index: int) -> None:
-            tokens = sum(length_group.entered(index) * self._tokens_of(length_group) for length_group in length_groups)
-            with BlockedWeights() if self.budget.blocks(tokens) else nullcontext():
-                if lead is not None and self._prefix is not None:
-                    with must_fit():
-                        lead.enter(index, self._groups[lead.group].prelude.hidden, self.budget.rows(self.shared))
-                    self._advance(lead, index, silent)
-                    self._prefix.hand_over()
-                for length_group in length_groups:
-                    self._through_layer(length_group, index, observe, tick)
+            if lead is not None and self._prefix is not None:
+                with must_fit():
+                    lead.enter(index, self._groups[lead.group].prelude.hidden, self.budget.rows(self.shared))
+                self._advance(lead, index, silent)
+                self._prefix.hand_over()
+            for length_group in length_groups:
+                self._through_layer(length_group, index, observe, tick)
 
         return step
 
