@@ -129,7 +129,7 @@ class Budget:
             yield rows[begin:]
 
     def shrink(self, limit: Callable[[], int], tried: int) -> None:
-        """Lower all limits in the proportion that brings `limit` to half of what was tried."""
+        """Lower all limits in proportion, until `limit` returns at most half of `tried`."""
         wanted = max(1, tried // 2)
         while limit() > wanted:
             self._shrunk *= max(1.01, limit() / (wanted + 0.5))

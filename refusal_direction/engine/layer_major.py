@@ -256,7 +256,7 @@ class LayerMajor:
         self._advance(length_group, index, tick)
 
     def _add_change(self, length_group: LengthGroup, index: int, change: Tensor | None) -> None:
-        """Add to the stream what the model adds to it before this layer (`LayerCall.change`)."""
+        """Apply the change that the model makes to the stream before this layer (`LayerCall.change`)."""
         if change is None:
             return
 

@@ -1,4 +1,4 @@
-"""Interface of a runner: rows go in, logits and activations are handed out as they are computed."""
+"""Interface of a runner: it takes rows, and passes on logits and activations as they are computed."""
 
 from __future__ import annotations
 

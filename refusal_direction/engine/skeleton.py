@@ -242,7 +242,7 @@ class Skeleton:
         name, shape = type(self.model).__name__, tuple(prelude.hidden.shape)
         if shape[:-1] != ids.shape:
             raise UnsupportedModelError(
-                f"{name} carries several residual streams: {ids.shape[1]} tokens reach its layers in the shape "
+                f"{name} carries several residual streams side by side: {ids.shape[1]} tokens reach its layers in the shape "
                 f"{shape}, not (1, {ids.shape[1]}, d_model). The method is defined for one stream, so no direction is computed "
                 "for this model."
             )
