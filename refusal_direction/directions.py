@@ -1,7 +1,7 @@
-"""The mathematics of directions: pure functions, tensors in, new tensors out.
+"""Mathematics of directions: pure functions of tensors, independent of models, prompts and files.
 
-Knows nothing of models, prompts or files. Notation as in Arditi et al. (2024), section 2.3 and 2.4: r is a difference of
-means, u its unit vector, x an activation of the residual stream.
+Notation of Arditi et al. (2024), sections 2.3 and 2.4: r is a difference of means, u its unit vector, x an activation of
+the residual stream.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ __all__ = ["ablate", "in_own_dtype", "residual_component", "unit", "widest_dtype
 
 
 def widest_dtype(device: torch.device | str) -> torch.dtype:
-    """The widest float of a device: float64, but float32 on MPS, which has no float64."""
+    """The widest floating-point dtype of a device: float64, or float32 on MPS, which lacks float64."""
     return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
-def unit(r: Float[Tensor, "*site d_model"]) -> Float[Tensor, "*site d_model"]:
-    """r / (|r| + 1e-8): unit length, and zero for a zero vector. In r's dtype, computed in float32 at least."""
+def unit(r: Float[Tensor, "*candidate d_model"]) -> Float[Tensor, "*candidate d_model"]:
+    """r / (|r| + 1e-8): of unit length, or zero for a zero vector. In r's dtype, computed in at least float32."""
     wide = r.to(torch.promote_types(r.dtype, torch.float32))  # in float16 1e-8 is zero
     return (wide / (wide.norm(dim=-1, keepdim=True) + 1e-8)).to(r.dtype)
 
 
 @contextmanager
 def in_own_dtype() -> Iterator[None]:
-    """Within the context products are computed in their factors' dtype, also where the caller has torch.autocast lower it."""
+    """Compute products in the dtype of their factors, even if the caller has enabled torch.autocast."""
     with ExitStack() as contexts:
         for kind in ("cpu", "cuda", "mps"):
             if torch.is_autocast_enabled(kind):
@@ -43,12 +43,13 @@ def in_own_dtype() -> Iterator[None]:
 def ablate(
     x: Float[Tensor, "row token d_model"], u: Float[Tensor, "row d_model"] | Float[Tensor, "d_model"]
 ) -> Float[Tensor, "row token d_model"]:
-    """x - (x . u) u (paper, eq. 5), each row its own u, or one u for all; in x's dtype.
+    """x - (x . u) u (paper, eq. 5), with one u for each row or one for all; in x's dtype.
 
-    In half precision it is done twice: where most of x lies along u, the rounding of x . u leaves more of it than of the rest.
-    Some modules hand on `x` flattened to (row * token, d_model); the result then has that shape too.
+    In half precision it is applied twice: if most of x lies along u, the rounding of x . u leaves a component along u that
+    is larger than the rounding of the rest. Some modules pass `x` flattened to (row * token, d_model); the result then has
+    that shape, too.
 
-    Raises ValueError where u has another number of rows than x.
+    Raises ValueError if u has another number of rows than x.
     """
     with in_own_dtype():
         once = _ablated_once(x, u)
@@ -66,10 +67,10 @@ def _ablated_once(x: Tensor, u: Tensor) -> Tensor:
 
 
 def residual_component(x: Float[Tensor, "row token d_model"], u: Float[Tensor, "row d_model"]) -> float:
-    """The largest |x . u| / (|x| |u|) of all rows and tokens that an exact ablation by u does not explain, in float32.
+    """Largest |x . u| / (|x| |u|) over all rows and tokens, beyond the remainder of an exact ablation by u, in float32.
 
-    Ablation by a u that is not quite of unit length (rounded, or of a direction of about 1e-8) leaves 1 - |u|^2 of what
-    lay along it; so much is taken off. What is not a number counts as nothing: such scores are discarded later.
+    Ablation by a u that is not exactly of unit length (rounded, or from a direction of norm about 1e-8) leaves 1 - |u|^2 of
+    the component along it; this fraction is subtracted. NaN counts as zero, since such scores are discarded later.
     """
     x, u = x.float(), u.float().to(x.device)
     length = u.norm(dim=-1, keepdim=True)
