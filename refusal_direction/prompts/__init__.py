@@ -42,7 +42,7 @@ def _pairs(config: Config, counts: dict[str, int]) -> PromptSets:
     if source.harmful is not None and source.harmless is not None:
         return pairs.shuffled(pairs.read_folder(source.harmful), pairs.read_folder(source.harmless), **counts)
     if config.model.model_id == DEMO_MODEL:
-        from refusal_direction.demo.vision.pairs import demo_pairs
+        from refusal_direction.prompts.pairs import demo_pairs
 
         return pairs.shuffled(demo_pairs("harmful"), demo_pairs("harmless"), **counts)
     return pairs.shuffled(pairs.harmful_pairs(), pairs.harmless_pairs(seed=source.seed), **counts)
