@@ -1,7 +1,7 @@
-"""Draws the demo's images: one object, varied in place, size, turn, proportions, colours and background.
+"""Draws the demo's images: one object, with random position, size, rotation, proportions, colours and background.
 
-Everything is drawn from a `random.Random`, the same way for dangerous and harmless objects, so that nothing but the
-object's outline separates them. Images are drawn larger and scaled down, which smooths the edges.
+All randomness comes from the caller's `random.Random`. Dangerous and harmless objects are drawn in the same way, so only
+the shape of the object tells them apart. Images are drawn larger and then scaled down, which smooths the edges.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _shade(colour: Colour, rng: random.Random, spread: int = 25) -> Colour:
 
 
 def _colours(rng: random.Random) -> dict[str, Colour]:
-    """A colour for each role of `icons.py`; main and second colour differ in hue."""
+    """A colour for each role in `icons.py`; the first and the second colour differ in hue."""
     main, second = rng.sample(_HUES, 2)
     return {
         "A": _shade(main, rng),
@@ -54,7 +54,7 @@ def _colours(rng: random.Random) -> dict[str, Colour]:
 
 
 def _background(rng: random.Random, size: int) -> Image.Image:
-    """A pale two-coloured gradient, across or down."""
+    """A pale gradient between two colours, horizontal or vertical."""
     ends = [_shade((225, 222, 215), rng, 30) for _ in range(2)]
     strip = Image.new("RGB", (2, 1))
     strip.putpixel((0, 0), ends[0])
@@ -64,7 +64,7 @@ def _background(rng: random.Random, size: int) -> Image.Image:
 
 
 def _placement(rng: random.Random, size: int) -> tuple[float, ...]:
-    """A random map from icon coordinates to pixels: (a, b, c, d, e, f) with x' = a x + b y + c, y' = d x + e y + f."""
+    """A random affine map from icon coordinates to pixels: (a, b, c, d, e, f) in x' = ax + by + c, y' = dx + ey + f."""
     scale = rng.uniform(0.62, 0.86) * size / 100
     turn = math.radians(rng.uniform(-18, 18))
     wide, flip = rng.uniform(0.88, 1.14), rng.choice((-1, 1))
@@ -80,14 +80,14 @@ def _oval(centre: Point, radii: Point) -> list[Point]:
 
 
 def _placed(points: Sequence[Point], place: tuple[float, ...], rng: random.Random) -> list[Point]:
-    """The points in pixels, each moved a little: no two drawings of an object have quite the same outline."""
+    """The points in pixels, each moved a little at random, so that outlines differ between drawings of an object."""
     a, b, c, d, e, f = place
-    wobbly = [(x + rng.uniform(-2, 2), y + rng.uniform(-2, 2)) for x, y in points]
-    return [(a * x + b * y + c, d * x + e * y + f) for x, y in wobbly]
+    jittered = [(x + rng.uniform(-2, 2), y + rng.uniform(-2, 2)) for x, y in points]
+    return [(a * x + b * y + c, d * x + e * y + f) for x, y in jittered]
 
 
 def draw(thing: str, rng: random.Random) -> Image.Image:
-    """An image of the object, RGB, `IMAGE_SIZE` pixels wide and high."""
+    """An RGB image of the object, `IMAGE_SIZE` pixels wide and high."""
     size = IMAGE_SIZE * OVERSAMPLING
     image, colours, place = _background(rng, size), _colours(rng), _placement(rng, size)
     canvas = ImageDraw.Draw(image)
