@@ -7,12 +7,11 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-from refusal_direction.engine.shortcuts.products import keep_few_kernels
 from refusal_direction.errors import RefusalDirectionError
 
 
 def apart(measure: Callable[..., Any], *args: Any) -> Any:
-    """What `measure(*args)` returns, run in a fresh process set up as by cli.py; the benchmark ends if that process dies."""
+    """What `measure(*args)` returns, run in a fresh process; the benchmark ends if that process dies."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(there, measure, args))
@@ -28,7 +27,6 @@ def apart(measure: Callable[..., Any], *args: Any) -> Any:
 
 
 def _send(there: Connection, measure: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    keep_few_kernels()
     try:
         result = measure(*args)
     except RefusalDirectionError as error:

@@ -1,15 +1,6 @@
 """Find the direction in the residual stream that carries refusal in open-weights chat models (Arditi et al., 2024).
 
-    extract            model and prompts -> direction, scores, proof
-    ablated            context in which a model runs with a direction removed from its residual stream
-    steered            context in which a model runs with a direction added
-    load_chat_model    weights, tokenizer and template of a chat model
-    load_vision_model  weights and processor of a vision-language model
-    load_direction     what an earlier run found
-    Config             every setting of a run
-    PromptSets         prompts of one's own
-
-Importing the package is cheap: torch is loaded when one of these is first used.
+Importing the package is cheap: torch is loaded when one of its names is first used.
 """
 
 from __future__ import annotations
@@ -18,44 +9,40 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from refusal_direction.config import Config
-    from refusal_direction.engine.interventions import ablated, steered
-    from refusal_direction.errors import RefusalDirectionError
-    from refusal_direction.models.chat import ChatModel
-    from refusal_direction.models.loading import load_chat_model, load_vision_model
-    from refusal_direction.output.artifacts import load_direction
-    from refusal_direction.pipeline import Direction, RunResult, extract
-    from refusal_direction.prompts.sets import PromptSets
-
-__all__ = [
-    "ChatModel",
-    "Config",
-    "Direction",
-    "RunResult",
-    "PromptSets",
-    "RefusalDirectionError",
-    "ablated",
-    "extract",
-    "load_chat_model",
-    "load_direction",
-    "load_vision_model",
-    "steered",
-]
+    from refusal_direction.config import Config as Config
+    from refusal_direction.engine.interventions import ablated as ablated
+    from refusal_direction.engine.interventions import steered as steered
+    from refusal_direction.errors import RefusalDirectionError as RefusalDirectionError
+    from refusal_direction.models.chat import ChatModel as ChatModel
+    from refusal_direction.models.loading import load_chat_model as load_chat_model
+    from refusal_direction.models.loading import load_vision_model as load_vision_model
+    from refusal_direction.output.artifacts import load_direction as load_direction
+    from refusal_direction.output.artifacts import load_run as load_run
+    from refusal_direction.pipeline import extract as extract
+    from refusal_direction.prompts.sets import Prompt as Prompt
+    from refusal_direction.prompts.sets import PromptSets as PromptSets
+    from refusal_direction.results import Direction as Direction
+    from refusal_direction.results import RunResult as RunResult
 
 _HOMES = {
     "ChatModel": "models.chat",
     "Config": "config",
-    "Direction": "pipeline",
-    "RunResult": "pipeline",
+    "Direction": "results",
+    "Prompt": "prompts.sets",
     "PromptSets": "prompts.sets",
     "RefusalDirectionError": "errors",
+    "RunResult": "results",
     "ablated": "engine.interventions",
     "extract": "pipeline",
     "load_chat_model": "models.loading",
     "load_direction": "output.artifacts",
+    "load_run": "output.artifacts",
     "load_vision_model": "models.loading",
     "steered": "engine.interventions",
 }
+"""The public names, and the module of each; the imports above tell type checkers the same."""
+
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> object:

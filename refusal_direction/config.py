@@ -1,17 +1,18 @@
-"""What a run is asked to do. Every default stands here, once."""
+"""Settings of a run. Every default stands here, once; the command line is made from these fields (flags.py)."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from refusal_direction.errors import ConfigurationError
 
 __all__ = [
+    "CHECKPOINTS",
     "DEMO_MODEL",
     "TEXT",
-    "UNFINISHED",
     "VISION",
     "VISION_CONFIG",
     "Config",
@@ -19,176 +20,201 @@ __all__ = [
     "PromptSource",
     "Rules",
     "Thresholds",
+    "search_name",
 ]
 
-UNFINISHED = ".unfinished"
-"""The folder, in that of the results, that keeps the finished parts of a run that has not ended."""
+CHECKPOINTS = ".unfinished"
+"""The folder, inside the output folder, with the checkpoints of a run that has not finished."""
 
 DEMO_MODEL = "demo"
-"""The model id of the small model that ships with the project; its prompts come with it."""
+"""The model id of the small model that ships with the project, which has prompts of its own."""
 
 
-def _require(holds: bool, name: str, value: object, what: str) -> None:
+def _setting(default: Any, help: str, **flag: Any) -> Any:
+    """A field that is also a flag; its help text documents both."""
+    return field(default=default, metadata={"help": help, **flag})
+
+
+def _require(holds: bool, name: str, value: object, condition: str) -> None:
     """Raise ConfigurationError in terms of the command line, whose flags have the fields' names."""
     if not holds:
-        raise ConfigurationError(f"--{name} {value}: must be {what}.")
+        raise ConfigurationError(f"--{name} {value}: must be {condition}.")
 
 
-def _at_least_one(**counts: int | None) -> None:
+def _at_least(minimum: int, **counts: int | None) -> None:
     for name, count in counts.items():
-        _require(count is None or count >= 1, name, count, "at least 1")
+        _require(count is None or count >= minimum, name, count, f"at least {minimum}")
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Which model, and how it is loaded."""
+    """The model and how it is loaded."""
 
-    model_id: str = "google/gemma-7b-it"
-    """A Hub id, a folder, or "demo"."""
-    revision: str | None = None
-    """A branch, tag or commit of the Hub's; None is the main branch."""
-    adapter: str | None = None
-    """A PEFT adapter on top of it: a Hub id or a folder."""
-    quantization: str | None = None
-    """4bit or 8bit quantises the weights as they are loaded (bitsandbytes)."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model."""
-    allow_pickle: bool = False
-    """Take weights that are not in safetensors format."""
-    dtype: str = "auto"
-    """bfloat16, float16, float32, or auto: bfloat16 where the device does it well."""
-    device: str = "auto"
-    """cuda, mps, cpu, or auto: the best there is, with what does not fit offloaded to CPU memory and disk."""
-    chat_template: str | None = None
-    """A Jinja chat template, or a file that holds one; None uses the tokenizer's own."""
-    system_prompt: str | None = None
-    """What the system message says; None leaves it to the template."""
-    thinking: bool = False
-    """Let a reasoning model think before it answers."""
+    model_id: str = _setting("google/gemma-7b-it", "Hub id, local folder, or demo", metavar="ID")
+    dtype: str = _setting("auto", "bfloat16, float16, float32 or auto: bfloat16 where the device is fast with it")
+    device: str = _setting("auto", "cuda, mps, cpu or auto (offloads weights that do not fit)")
+    quantization: str | None = _setting(
+        None, "4bit or 8bit: quantise the weights as they are loaded (bitsandbytes)", metavar="BITS"
+    )
+    revision: str | None = _setting(None, "branch, tag or commit of a Hub id", metavar="NAME")
+    adapter: str | None = _setting(None, "PEFT adapter for the model: Hub id or folder", metavar="ID")
+    trust_remote_code: bool = _setting(False, "run Python code that comes with the model")
+    allow_pickle: bool = _setting(False, "load weights that are not in safetensors format")
+    chat_template: str | None = _setting(None, "Jinja chat template, or a file with one", metavar="FILE")
+    system_prompt: str | None = _setting(None, "system message, if the template takes one", metavar="TEXT")
+    thinking: bool = _setting(False, "let a reasoning model think before it answers")
 
 
 @dataclass(frozen=True)
 class PromptSource:
-    """Which prompts, and how many are drawn."""
+    """The prompts and how many are drawn."""
 
-    n_train: int = 128
-    n_val: int = 32
-    seed: int = 42
-    data_dir: Path = Path("data")
-    """Where the published splits are kept."""
-    harmful: Path | None = None
-    """Own harmful prompts, instead of the published splits."""
-    harmless: Path | None = None
+    harmful: Path | None = _setting(
+        None,
+        "your harmful prompts: .json, .jsonl, .csv, .txt",
+        metavar="FILE",
+        vision_metavar="FOLDER",
+        vision_help="your harmful prompts: images with metadata.jsonl",
+    )
+    harmless: Path | None = _setting(
+        None, "your harmless prompts, in the same formats", metavar="FILE", vision_metavar="FOLDER"
+    )
+    data_dir: Path = _setting(Path("data"), "folder of the published prompts")
+    n_train: int = _setting(128, "prompts of each kind for the directions")
+    n_val: int = _setting(32, "prompts of each kind for the scores")
+    n_test: int = _setting(100, "prompts of each kind held out, at most")
+    seed: int = _setting(42, "seed of the draw")
 
     def __post_init__(self) -> None:
-        _at_least_one(n_train=self.n_train, n_val=self.n_val)
+        _at_least(1, n_train=self.n_train, n_val=self.n_val)
+        _at_least(0, n_test=self.n_test)
         for name in ("data_dir", "harmful", "harmless"):
             path = getattr(self, name)
-            if path is not None:  # a string will do
+            if path is not None:  # a string is accepted too
                 object.__setattr__(self, name, Path(path))
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """The conditions of the selection (paper, section 2.3 and appendix C)."""
+    """The conditions that a candidate must meet (paper, section 2.3 and appendix C)."""
 
-    kl: float = 0.1
-    """Discard candidates whose mean KL divergence is larger."""
-    induce: float = 0.0
-    """Discard candidates whose mean steering score is smaller."""
-    prune_layers: float = 0.2
-    """Discard candidates from this last fraction of the layers."""
+    kl_threshold: float = _setting(0.1, "discard candidates with a larger mean KL divergence")
+    induce_threshold: float = _setting(0.0, "discard candidates with a smaller mean steering score")
+    prune_layers: float = _setting(0.2, "discard candidates from this last fraction of the layers")
+    top_k_candidates: int | None = _setting(
+        None, "consider only this many candidates, those of lowest KL", metavar="K", vision_only=True
+    )
 
     def __post_init__(self) -> None:
-        _require(not math.isnan(self.kl), "kl_threshold", self.kl, "a number")
-        _require(not math.isnan(self.induce), "induce_threshold", self.induce, "a number")
+        for name in ("kl_threshold", "induce_threshold"):
+            _require(not math.isnan(getattr(self, name)), name, getattr(self, name), "a number")
         _require(0 <= self.prune_layers < 1, "prune_layers", self.prune_layers, "at least 0 and below 1")
+        _at_least(1, top_k_candidates=self.top_k_candidates)
 
 
 @dataclass(frozen=True)
 class Rules:
-    """Where the method for text and the one for images with text differ (docs/method.md)."""
+    """The differences between the method for text and the one for images with text (docs/method.md)."""
 
     images: bool
     """Whether prompts are pairs of an image and a question."""
     positions: int | None
-    """How many of the last tokens give candidates; None: the end-of-instruction tokens."""
-    least_prompts: int
-    """The filter must leave so many prompts of each kind, or what was asked for if that is less."""
-    refill: bool
-    """Where it leaves fewer, take the most fitting of the others instead of giving up."""
-    top_k: int | None
-    """Consider only so many candidates, those of lowest KL; None, or an exhaustive search: all."""
-    relative_steering: bool
-    """The steering threshold counts from the baseline's mean, and is waived where no candidate reaches it."""
+    """Number of final tokens that give candidates; None for the end-of-instruction tokens."""
+    minimum_prompts: int
+    """Minimum prompts per set after filtering, capped at the number requested."""
+    keep_most_fitting: bool
+    """Whether to fall back to the most fitting prompts, with a warning, where the filter leaves fewer than the minimum."""
+    relaxing: bool
+    """Whether conditions that no candidate meets are dropped, with a warning; `induce_threshold` then counts from the
+    baseline's mean score."""
     searches: tuple[str, ...]
-    """How the selected candidate can be found, the default first."""
-
-    def __post_init__(self) -> None:
-        _at_least_one(top_k_candidates=self.top_k)
+    """The searches to choose from, the default first."""
 
 
 TEXT = Rules(
     images=False,
     positions=None,
-    least_prompts=4,
-    refill=False,
-    top_k=None,
-    relative_steering=False,
+    minimum_prompts=4,
+    keep_most_fitting=False,
+    relaxing=False,
     searches=("exhaustive", "pruned"),
 )
 VISION = Rules(
     images=True,
     positions=3,
-    least_prompts=8,
-    refill=True,
-    top_k=15,
-    relative_steering=True,
+    minimum_prompts=8,
+    keep_most_fitting=True,
+    relaxing=True,
     searches=("kl_first", "exhaustive", "pruned"),
 )
 
 
 @dataclass(frozen=True)
 class Config:
-    """One run.
+    """All settings of one run.
 
-    Raises ConfigurationError, as its parts do, where a value makes no sense.
+    Raises ConfigurationError, as its parts do, for values that make no sense.
     """
 
     rules: Rules = TEXT
     model: ModelSource = field(default_factory=ModelSource)
     prompts: PromptSource = field(default_factory=PromptSource)
     thresholds: Thresholds = field(default_factory=Thresholds)
-    search: str | None = None
-    """exhaustive: score every candidate. kl_first (images with text): KL of all, the rest for those of lowest KL. pruned:
-    find the same candidate with a fraction of the work. None: the first of the rules' `searches`."""
-    output_dir: Path = Path("artifacts")
-    batch_size: int | None = None
-    """At most so many rows go through a layer at once; None derives it from free memory."""
-    memory_budget: int | None = None
-    """At most so many bytes are held beside the model; None: as much as pays."""
-    skip_filter: bool = False
-    """Keep prompts whatever their baseline refusal score."""
-    refusal_tokens: tuple[str | int, ...] = ()
-    """Tokens, as text or ids, that begin a refusal; none: the table's for the model's family."""
-    calibrate_refusal: bool = False
-    """Find the refusal tokens from what the model itself says."""
-    resume: bool = False
-    """Go on from what an earlier run of the same kind had finished."""
-    sanity: bool = False
-    """Show completions under the baseline, ablation and steering at the end."""
+    methods: tuple[str, ...] = ("difference_of_means",)
+    """Names of the methods that make candidate directions (`refusal_direction.methods`)."""
+    batch_size: int | None = _setting(
+        None, "most rows through a layer at once (default: by free memory)", metavar="ROWS", group="model"
+    )
+    memory_budget: int | None = _setting(
+        None, "most memory beside the model, for example 512MiB or 4GB", metavar="SIZE", group="model", size=True
+    )
+    skip_filter: bool = _setting(False, "keep prompts whatever their baseline refusal score", group="prompts")
+    refusal_tokens: tuple[str | int, ...] = _setting(
+        (), "first tokens of a refusal: text or ids", metavar="TOKEN", group="method"
+    )
+    calibrate_refusal: bool = _setting(False, "find them in the model's own replies", group="method")
+    search: str | None = _setting(
+        None,
+        "exhaustive scores every candidate; pruned selects the same candidate with less work",
+        vision_help="kl_first measures the KL of every candidate and the rest for those of lowest KL; exhaustive scores "
+        "every candidate; pruned selects the same candidate as kl_first with less work",
+        group="method",
+    )
+    output_dir: Path = _setting(Path("artifacts"), "folder of the results", group="output")
+    keep_activations: bool = _setting(
+        False, "also store the activations of the training prompts at the end-of-instruction tokens", group="output"
+    )
+    resume: bool = _setting(False, "continue an interrupted run from its last checkpoint", group="output")
+    sanity: bool = _setting(False, "show a few baseline, ablated and steered completions at the end", group="output")
 
     def __post_init__(self) -> None:
-        _at_least_one(batch_size=self.batch_size, memory_budget=self.memory_budget)
+        _at_least(1, batch_size=self.batch_size, memory_budget=self.memory_budget)
+        object.__setattr__(self, "output_dir", Path(self.output_dir))
         if isinstance(self.refusal_tokens, str | int):
             raise ConfigurationError(f"refusal_tokens: give a tuple of tokens, as ({self.refusal_tokens!r},).")
+        if isinstance(self.methods, str) or not self.methods:
+            raise ConfigurationError(f"methods: give a tuple of names of methods, not {self.methods!r}.")
         if self.refusal_tokens and self.calibrate_refusal:
             raise ConfigurationError("--refusal_tokens and --calibrate_refusal exclude each other: give one.")
+        if self.thresholds.top_k_candidates is not None and not self.rules.images:
+            raise ConfigurationError("top_k_candidates is a condition for images with text alone. Leave it out.")
+
+
+def search_name(config: Config) -> str:
+    """The search that a configuration asks for.
+
+    Raises ConfigurationError where the rules have no such search.
+    """
+    name = config.search or config.rules.searches[0]
+    if name not in config.rules.searches:
+        raise ConfigurationError(f"--search {name}: must be one of {', '.join(config.rules.searches)}.")
+    return name
 
 
 VISION_CONFIG = Config(
     rules=VISION,
     model=ModelSource("google/paligemma2-10b-mix-448"),
+    thresholds=Thresholds(top_k_candidates=15),
     output_dir=Path("artifacts") / "vlm",
     batch_size=8,
 )

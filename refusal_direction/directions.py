@@ -1,7 +1,7 @@
-"""The mathematics of directions: pure functions, tensors in, new tensors out.
+"""Mathematics of directions: pure functions of tensors, independent of models, prompts and files.
 
-Knows nothing of models, prompts or files. Notation as in Arditi et al. (2024), section 2.3 and 2.4: r is a difference of
-means, u its unit vector, x an activation of the residual stream.
+Notation of Arditi et al. (2024), sections 2.3 and 2.4: r is a difference of means, u its unit vector, x an activation of
+the residual stream.
 """
 
 from __future__ import annotations
@@ -16,43 +16,23 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-__all__ = [
-    "ablate",
-    "in_own_dtype",
-    "mean_difference",
-    "widest_dtype",
-    "rank_heuristic",
-    "residual_component",
-    "unit",
-    "NULL_NORM",
-]
-
-NULL_NORM = 1e-12
-"""A candidate shorter than this intervenes nowhere: its ablation scales x by less than one part in 10^8 (see `unit`)."""
+__all__ = ["ablate", "in_own_dtype", "residual_component", "unit", "widest_dtype"]
 
 
 def widest_dtype(device: torch.device | str) -> torch.dtype:
-    """The widest float of a device: float64, but float32 on MPS, which has no float64."""
+    """The widest floating-point dtype of a device: float64, or float32 on MPS, which lacks float64."""
     return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
-def mean_difference(
-    harmful: Float[Tensor, "harmful *site d_model"], harmless: Float[Tensor, "harmless *site d_model"]
-) -> Float[Tensor, "*site d_model"]:
-    """Difference of means, harmful minus harmless, accumulated in `precise` (paper, eq. 3)."""
-    dtype = widest_dtype(harmful.device)
-    return harmful.mean(0, dtype=dtype) - harmless.mean(0, dtype=dtype)
-
-
-def unit(r: Float[Tensor, "*site d_model"]) -> Float[Tensor, "*site d_model"]:
-    """r / (|r| + 1e-8): unit length, and zero for a zero vector. In r's dtype, computed in float32 at least."""
+def unit(r: Float[Tensor, "*candidate d_model"]) -> Float[Tensor, "*candidate d_model"]:
+    """r / (|r| + 1e-8): of unit length, or zero for a zero vector. In r's dtype, computed in at least float32."""
     wide = r.to(torch.promote_types(r.dtype, torch.float32))  # in float16 1e-8 is zero
     return (wide / (wide.norm(dim=-1, keepdim=True) + 1e-8)).to(r.dtype)
 
 
 @contextmanager
 def in_own_dtype() -> Iterator[None]:
-    """Within the context products are computed in their factors' dtype, also where the caller has torch.autocast lower it."""
+    """Compute products in the dtype of their factors, even if the caller has enabled torch.autocast."""
     with ExitStack() as contexts:
         for kind in ("cpu", "cuda", "mps"):
             if torch.is_autocast_enabled(kind):
@@ -63,12 +43,13 @@ def in_own_dtype() -> Iterator[None]:
 def ablate(
     x: Float[Tensor, "row token d_model"], u: Float[Tensor, "row d_model"] | Float[Tensor, "d_model"]
 ) -> Float[Tensor, "row token d_model"]:
-    """x - (x . u) u (paper, eq. 5), each row its own u, or one u for all; in x's dtype.
+    """x - (x . u) u (paper, eq. 5), with one u for each row or one for all; in x's dtype.
 
-    In half precision it is done twice: where most of x lies along u, the rounding of x . u leaves more of it than of the rest.
-    Some modules hand on `x` flattened to (row * token, d_model); the result then has that shape too.
+    In half precision it is applied twice: if most of x lies along u, the rounding of x . u leaves a component along u that
+    is larger than the rounding of the rest. Some modules pass `x` flattened to (row * token, d_model); the result then has
+    that shape, too.
 
-    Raises ValueError where u has another number of rows than x.
+    Raises ValueError if u has another number of rows than x.
     """
     with in_own_dtype():
         once = _ablated_once(x, u)
@@ -85,24 +66,11 @@ def _ablated_once(x: Tensor, u: Tensor) -> Tensor:
     return torch.baddbmm(rows, along, u.unsqueeze(1), alpha=-1).view(x.shape)
 
 
-def rank_heuristic(
-    candidates: Float[Tensor, "position layer d_model"], harmless: Float[Tensor, "harmless position layer d_model"]
-) -> Float[Tensor, "position layer"]:
-    """A cheap guess at which candidates carry refusal best: the higher, the more promising.
-
-    How far a candidate separates the means, relative to the length of the stream there, times its cosine with the
-    direction that arrives at the last token after the last layer: what the head reads.
-    """
-    lengths = harmless.norm(dim=-1).mean(0, dtype=candidates.dtype)
-    units = unit(candidates)
-    return (units @ units[-1, -1]) * candidates.norm(dim=-1) / lengths.clamp_min(1e-30)
-
-
 def residual_component(x: Float[Tensor, "row token d_model"], u: Float[Tensor, "row d_model"]) -> float:
-    """The largest |x . u| / (|x| |u|) of all rows and tokens that an exact ablation by u does not explain, in float32.
+    """Largest |x . u| / (|x| |u|) over all rows and tokens, beyond the remainder of an exact ablation by u, in float32.
 
-    Ablation by a u that is not quite of unit length (rounded, or of a direction of about 1e-8) leaves 1 - |u|^2 of what
-    lay along it; so much is taken off. What is not a number counts as nothing: such scores are discarded later.
+    Ablation by a u that is not exactly of unit length (rounded, or from a direction of norm about 1e-8) leaves 1 - |u|^2 of
+    the component along it; this fraction is subtracted. NaN counts as zero, since such scores are discarded later.
     """
     x, u = x.float(), u.float().to(x.device)
     length = u.norm(dim=-1, keepdim=True)

@@ -1,17 +1,15 @@
-"""What a run would do, before it is started: where the residual stream is written, and what the run would cost here.
+"""The steps of a run and its cost on this machine, before it is started.
 
-The cost is measured, not looked up: a few rows go through the engine as the run's would, twice as many again, and the
-difference is what a token costs in a layer. What the first ones cost beyond that is paid once a pass, as reading weights
-from disk.
+The cost is measured, not looked up: a few rows go through the engine as the run's would, then three times as many, and the
+difference gives the cost of a token in a layer. The rest of the first is paid once a pass, like reading weights from disk.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import cycle, islice
 from statistics import median_low
 
@@ -19,18 +17,16 @@ import torch
 from torch import Tensor
 
 from refusal_direction.candidates import Candidates
-from refusal_direction.config import Config
-from refusal_direction.directions import in_own_dtype
+from refusal_direction.config import Config, search_name
 from refusal_direction.engine import Engine, Intervention, Row
 from refusal_direction.models.chat import ChatModel
 from refusal_direction.models.placement import execution_device
 from refusal_direction.models.refusal_tokens import RefusalTokens
-from refusal_direction.pipeline import Prepared, prepare
-from refusal_direction.prompts.sets import PromptSets
+from refusal_direction.pipeline import Prepared, prepared
+from refusal_direction.prompts.sets import Kind, PromptSets, Split, set_name
 from refusal_direction.runtime.memory import peak_bytes
 from refusal_direction.scoring.metrics import Measure, kl_divergence, refusal_score
-from refusal_direction.scoring.scores import ALL, intervention_rows
-from refusal_direction.selection.searches import search_name
+from refusal_direction.scoring.requests import MEASURED_ON
 
 __all__ = ["Cost", "Inspection", "inspect", "token_layers"]
 
@@ -39,23 +35,23 @@ _MICROBATCHES = (2, 6)
 
 @dataclass(frozen=True)
 class Cost:
-    """What the run is estimated to take on this machine."""
+    """The estimated cost of a run on this machine."""
 
     load_seconds: float
     """Measured: the model has been loaded."""
-    sweep_seconds: dict[str, float]
-    """Estimated, of each sweep over the weights."""
+    pass_seconds: dict[str, float]
+    """Estimated, for each pass over the weights."""
     memory: int
-    """Estimated peak in bytes, the weights included where they are held in memory."""
+    """Estimated peak in bytes, including weights held in memory."""
 
     @property
     def seconds(self) -> float:
-        return self.load_seconds + sum(self.sweep_seconds.values())
+        return self.load_seconds + sum(self.pass_seconds.values())
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was found out about a model without running the method on it."""
+    """Facts about a model, and the cost of a run on it."""
 
     config: Config
     chat: ChatModel
@@ -63,97 +59,108 @@ class Inspection:
     tokens: RefusalTokens
     engine: str
     writes: tuple[tuple[tuple[str, ...], int], ...]
-    """Submodules of a layer whose outputs are added to the stream, and in how many layers it is these."""
+    """Submodules of a layer whose outputs are added to the stream, and the number of layers where it is these."""
     n_layers: int
     d_model: int
     shared: int
-    """Tokens with which all prompts begin, run once for each intervention."""
+    """Number of tokens with which all prompts begin, run once for each intervention."""
     rows: dict[str, int]
-    """Rows of each sweep, if the filter keeps every prompt."""
+    """Rows of each pass, if the filter keeps every prompt."""
     cost: Cost
 
     @property
     def n_candidates(self) -> int:
-        return self.chat.n_positions * self.n_layers
+        return len(self.config.methods) * self.chat.n_positions * self.n_layers
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name:16s} {text}" for name, text in _lines(self))
 
 
-@in_own_dtype()
 def inspect(config: Config) -> Inspection:
     """Load the model, look at it, and time a few rows.
 
-    Raises RefusalDirectionError where a run would, before its first sweep.
+    Raises RefusalDirectionError for everything that ends a run before its first pass.
     """
-    ready = prepare(config)
-    ready.engine.rehearse()
-    stream = ready.engine.stream
-    sites = Counter(tuple(site.module for site in layer) for layer in stream.writes)
-    sweeps = _sweeps(ready, config)
-    return Inspection(
-        config=config,
-        chat=ready.chat,
-        prompts=ready.prompts,
-        tokens=ready.tokens,
-        engine=ready.engine.name,
-        writes=tuple(sites.most_common()),
-        n_layers=len(stream.layers),
-        d_model=stream.skeleton.d_model,
-        shared=ready.engine.shared,
-        rows={name: len(rows) for name, rows in sweeps.items()},
-        cost=_cost(ready, sweeps, sum(ready.seconds.values())),
-    )
+    with prepared(config.model.model_id, config) as ready:
+        ready.engine.rehearse()
+        stream = ready.engine.stream
+        sites = Counter(tuple(site.module for site in layer) for layer in stream.writes)
+        passes = _passes(ready)
+        return Inspection(
+            config=config,
+            chat=ready.chat,
+            prompts=ready.prompts,
+            tokens=ready.tokens,
+            engine=ready.engine.name,
+            writes=tuple(sites.most_common()),
+            n_layers=len(stream.layers),
+            d_model=stream.skeleton.d_model,
+            shared=ready.engine.shared,
+            rows={name: len(rows) for name, rows in passes.items()},
+            cost=_cost(ready, passes, sum(ready.seconds.values())),
+        )
 
 
 def _stand_ins(ready: Prepared) -> Candidates:
-    """Directions in place of the candidates: what they are does not matter to what they cost."""
-    n_layers, d_model = len(ready.engine.stream.layers), ready.engine.stream.skeleton.d_model
+    """Random directions in place of the candidates, at the same cost."""
+    shape = (ready.chat.n_positions, len(ready.engine.stream.layers), ready.engine.stream.skeleton.d_model)
     generator = torch.Generator().manual_seed(0)
-    return Candidates.from_grid(torch.randn(ready.chat.n_positions, n_layers, d_model, generator=generator), "random")
+    grids = [Candidates.from_grid(torch.randn(*shape, generator=generator), name) for name in ready.config.methods]
+    return Candidates.concatenate(grids)
 
 
-def _sweeps(ready: Prepared, config: Config) -> dict[str, list[Row]]:
-    """The rows of each sweep, as if every prompt passed the filter (and, with images, a middling layer every test)."""
-    indices, candidates = ready.prompts.indices(), _stand_ins(ready)
-    rows = partial(intervention_rows, candidates, harmful=indices["harmful_val"], harmless=indices["harmless_val"])
+def _passes(ready: Prepared) -> dict[str, list[Row]]:
+    """The rows of each pass, if every prompt passes the filter (and, for images, a middle layer every condition on KL)."""
+    config, layers = ready.config, _stand_ins(ready).layers
     search, n_layers = search_name(config), len(ready.engine.stream.layers)
-    top_k = config.rules.top_k if search == "kl_first" else None
-    among = None if top_k is None else [n_layers // 2] * min(top_k, len(candidates.layers))
-    kl, rest = rows(measures=frozenset({Measure.KL})), rows(measures=ALL - {Measure.KL}, among=among)
-    baseline = [Row(prompt) for prompt in range(len(ready.prompts.everything))]
-    if config.rules.relative_steering and search != "pruned":
+    everyone: Sequence[int] = range(len(layers))
+    considered = everyone
+    if search == "kl_first" and config.thresholds.top_k_candidates is not None:
+        middle = layers.index(n_layers // 2)
+        considered = [middle] * min(config.thresholds.top_k_candidates, len(layers))
+    kl = _rows(ready, everyone, [Measure.KL])
+    rest = _rows(ready, considered, [Measure.ABLATION, Measure.STEERING])
+    baseline = [Row(prompt) for prompt in range(len(ready.engine.prompts))]
+    if search == "kl_first":
         return {"baseline": baseline, "KL divergence": kl, "ablation and steering": rest}
-    return {
-        "baseline": baseline,
-        "interventions, at most": kl + rest,
-    }  # candidates of length zero, often layer 0's, are not run
+    return {"baseline": baseline, "interventions, at most": kl + rest}  # candidates of length zero are not run
+
+
+def _rows(ready: Prepared, candidates: Iterable[int], measures: Sequence[Measure]) -> list[Row]:
+    indices = ready.prompts.indices()
+    return [
+        Row(prompt, Intervention.STEERING if measure is Measure.STEERING else Intervention.ABLATION, candidate)
+        for candidate in candidates
+        for measure in measures
+        for prompt in indices[MEASURED_ON[measure], Split.VALIDATION]
+    ]
 
 
 def token_layers(engine: Engine, rows: Sequence[Row], candidates: Candidates) -> int:
-    """How many (token, layer) pairs are run for these rows, with what steered rows branch off and what rows share."""
-    branching = (
-        {row.prompt for row in rows if row.kind is Intervention.STEERING} if engine.name == "layer-major" else set()
-    )
-    branch_points = branching - {row.prompt for row in rows if row.kind is Intervention.BASELINE}
+    """Number of (token, layer) pairs that these rows run, including the baseline rows of steered ones and shared tokens."""
+    steered = {row.prompt for row in rows if row.intervention is Intervention.STEERING}
+    branching = steered if engine.name == "layer-major" else set()
+    branch_points = branching - {row.prompt for row in rows if row.intervention is Intervention.BASELINE}
     own = sum(engine.costs([*rows, *map(Row, branch_points)], candidates))
-    interventions = {(row.kind, row.candidate): row for row in rows}.values()
-    leads = sum(engine.depth(row, candidates) for row in interventions) + len(engine.stream.layers) * bool(
-        branch_points
-    )
-    return own + engine.shared * leads
+    interventions = {(row.intervention, row.candidate): row for row in rows}.values()
+    prefixes = sum(engine.depth(row, candidates) for row in interventions)
+    return own + engine.shared * (prefixes + len(engine.stream.layers) * bool(branch_points))
 
 
 def _sample(ready: Prepared, candidates: Candidates, count: int) -> list[Row]:
-    """Rows on one prompt of each kind, of middling length, by candidates from all layers."""
+    """Rows on one prompt of each kind, of medium length, by candidates from all layers."""
     indices = ready.prompts.indices()
 
-    def middling(name: str) -> int:
+    def medium(kind: Kind) -> int:
         def length(prompt: int) -> int:
             return ready.engine.prompts[prompt]["input_ids"].shape[-1]
 
-        wanted = median_low(map(length, indices[name]))
-        return next(prompt for prompt in indices[name] if length(prompt) == wanted)
+        members = indices[kind, Split.VALIDATION]
+        wanted = median_low(map(length, members))
+        return next(prompt for prompt in members if length(prompt) == wanted)
 
-    harmful, harmless = middling("harmful_val"), middling("harmless_val")
-    order = torch.randperm(len(candidates.layers), generator=torch.Generator().manual_seed(1)).tolist()
+    harmful, harmless = map(medium, Kind)
+    order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(1)).tolist()
     every = [
         row
         for candidate in order
@@ -166,7 +173,7 @@ def _sample(ready: Prepared, candidates: Candidates, count: int) -> list[Row]:
     return list(islice(cycle(every), count))
 
 
-def _cost(ready: Prepared, sweeps: dict[str, list[Row]], load_seconds: float) -> Cost:
+def _cost(ready: Prepared, passes: dict[str, list[Row]], load_seconds: float) -> Cost:
     engine, candidates = ready.engine, _stand_ins(ready)
     longest = max(inputs["input_ids"].shape[-1] for inputs in engine.prompts)
     at_once = engine.budget.rows(longest - engine.shared)
@@ -180,10 +187,10 @@ def _cost(ready: Prepared, sweeps: dict[str, list[Row]], load_seconds: float) ->
     once = max(0.0, short - each * few)
     estimated = {}
     held = 0
-    for name, rows in sweeps.items():
+    for name, rows in passes.items():
         sizes = engine.row_bytes(rows)
-        passes = sum(1 for _ in engine.budget.chunks(rows, sizes))
-        estimated[name] = once * passes + each * token_layers(engine, rows, candidates)
+        n_passes = sum(1 for _ in engine.budget.chunks(rows, sizes))
+        estimated[name] = once * n_passes + each * token_layers(engine, rows, candidates)
         held = max(held, min(engine.budget.hidden_bytes, sum(sizes)))
     return Cost(
         load_seconds, estimated, peak_bytes(execution_device(ready.chat.model)) + held + engine.budget.reserved_bytes
@@ -195,9 +202,38 @@ def _timed(ready: Prepared, rows: Sequence[Row], candidates: Candidates) -> floa
 
     def consume(rows: list[Row], logits: Tensor) -> None:
         refusal_score(logits, ready.tokens.ids)
-        if rows[0].kind is Intervention.ABLATION:
+        if rows[0].intervention is Intervention.ABLATION:
             kl_divergence(logits, logits)
 
     begin = time.perf_counter()
     ready.engine.intervene(rows, candidates, consume)
     return time.perf_counter() - begin
+
+
+def _lines(found: Inspection) -> list[tuple[str, str]]:
+    model, chat, cost = found.chat.model, found.chat, found.cost
+    writes = "; ".join(f"{' + '.join(sites)} ({count} layers)" for sites, count in found.writes)
+    positions = (
+        " ".join(repr(chat.text_of(token)) for token in chat.eoi_tokens) or f"the last {chat.n_positions} of the prompt"
+    )
+    sets = found.prompts.indices()
+    return [
+        ("model", f"{chat.model_id}: {model.num_parameters() / 1e6:,.1f}M parameters, {str(model.dtype)[6:]}"),
+        ("residual stream", f"{found.n_layers} layers, d_model {found.d_model}; {found.engine} engine"),
+        ("written by", f"the embedding; {writes}"),
+        ("positions", f"{positions}: {chat.n_positions} tokens"),
+        ("refusal tokens", f"{', '.join(map(repr, found.tokens.texts))} ({found.tokens.source})"),
+        ("prompts", ", ".join(f"{len(members)} {set_name(which)}" for which, members in sets.items())),
+        ("shared opening", f"{found.shared} tokens"),
+        ("candidates", f"{found.n_candidates} = {chat.n_positions} positions x {found.n_layers} layers"),
+        ("rows", ", ".join(f"{count:,} {name}" for name, count in found.rows.items())),
+        ("time", f"about {_duration(cost.seconds)}: loading {_duration(cost.load_seconds)} (measured)"),
+        *(("", f"{name} {_duration(seconds)}") for name, seconds in cost.pass_seconds.items()),
+        ("memory", f"about {cost.memory / 2**30:.1f} GiB at its peak"),
+    ]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

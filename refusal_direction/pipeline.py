@@ -1,22 +1,21 @@
-"""The story: from a chat model and prompts to the refusal direction, one line a stage."""
+"""The pipeline: from a chat model and prompts to the refusal direction, one line a stage."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
 from refusal_direction import prompts as prompt_sources
-from refusal_direction.config import VISION_CONFIG, Config
-from refusal_direction.directions import in_own_dtype, mean_difference
-from refusal_direction.engine import Engine
+from refusal_direction.candidates import Candidates
+from refusal_direction.config import VISION_CONFIG, Config, search_name
+from refusal_direction.directions import in_own_dtype
+from refusal_direction.engine import Engine, Tick
 from refusal_direction.engine.interventions import ResidualStream, eagerly, intervened
 from refusal_direction.errors import (
     ConfigurationError,
@@ -25,99 +24,38 @@ from refusal_direction.errors import (
     TooFewPromptsError,
     UnsupportedModelError,
 )
+from refusal_direction.fingerprint import fingerprint
+from refusal_direction.methods import check_methods, make_candidates
 from refusal_direction.models import refusal_tokens
 from refusal_direction.models.chat import ChatModel
 from refusal_direction.models.loading import check_access, load
 from refusal_direction.models.placement import execution_device
 from refusal_direction.models.refusal_tokens import ProbabilityQuartiles, RefusalTokens
 from refusal_direction.models.vision import VisionChatModel
-from refusal_direction.prompts.sets import PromptSets
+from refusal_direction.prompts.sets import Kind, PromptSets, Split
+from refusal_direction.records import eoi_tokens, model_record, prompt_records, train_activations, versions
+from refusal_direction.results import EngineRecord, RunResult
 from refusal_direction.runtime import processes
-from refusal_direction.runtime.checkpoints import Checkpoints, fingerprint
-from refusal_direction.runtime.log import StageTimer, recorded_warnings
+from refusal_direction.runtime.checkpoints import Checkpoints
+from refusal_direction.runtime.log import RunLog, StageTimer, recorded_warnings
 from refusal_direction.runtime.memory import peak_bytes
 from refusal_direction.runtime.store import NO_CHECKPOINTS, CheckpointStore
+from refusal_direction.scoring.baseline import Baseline, baseline_bytes, measure_baseline
 from refusal_direction.scoring.passes import Progress
-from refusal_direction.scoring.scores import Baseline, Scores, ScoringContext, baseline_bytes, measure_baseline
-from refusal_direction.selection.rules import CandidateScore, Selection, keep_fitting, layer_limit
-from refusal_direction.selection.searches import SelectionResult, search_name, select_direction
+from refusal_direction.scoring.requests import ScoringContext
+from refusal_direction.selection.conditions import layer_limit
+from refusal_direction.selection.filter import filter_prompts
+from refusal_direction.selection.searches import select_direction
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from torch import Tensor
 
-__all__ = ["Direction", "RunResult", "Prepared", "Progress", "extract", "prepare"]
+__all__ = ["Prepared", "Progress", "extract", "prepared", "run"]
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Direction:
-    """A refusal direction."""
-
-    vector: Float[Tensor, "d_model"]
-    """The difference of means r, not normalised, in float32."""
-    layer: int
-    """The layer at whose input it was measured, and is added."""
-    position: int
-    """The token position at which it was measured; -1 is the last of the prompt."""
-    model_id: str
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """Everything a run found out."""
-
-    config: Config
-    chat: ChatModel = field(repr=False)
-    prompts: PromptSets = field(repr=False)
-    """All prompts drawn, before the filter."""
-    kept: dict[str, list[int]] = field(repr=False)
-    """For each set, the prompts that the filter left, as places in `prompts.everything`."""
-    tokens: RefusalTokens
-    mass: dict[str, ProbabilityQuartiles]
-    """What probability the tokens hold on "harmful" and on "harmless" prompts."""
-    baseline: Baseline = field(repr=False)
-    candidates: Float[Tensor, "position layer d_model"] = field(repr=False)
-    choice: SelectionResult = field(repr=False)
-    """Which candidate was chosen, and the scores that it was chosen by."""
-    engine: str
-    """Which engine ran."""
-    leak: float
-    """Largest share of an ablated stream found along its direction."""
-    warnings: tuple[str, ...]
-    """What was warned of on the way, as where a condition was relaxed."""
-    seconds: dict[str, float]
-    """Wall time of each stage."""
-    peak_memory: int
-    """Most memory held at once, in bytes."""
-
-    def __str__(self) -> str:
-        """The table that the command prints."""
-        from refusal_direction.output.text import results
-
-        return results(self)
-
-    @property
-    def scores(self) -> Scores:
-        return self.choice.scores
-
-    @property
-    def means(self) -> tuple[CandidateScore, ...]:
-        """Mean scores in (position, layer) order."""
-        return self.choice.means
-
-    @property
-    def selection(self) -> Selection:
-        return self.choice.selection
-
-    @property
-    def direction(self) -> Direction:
-        chosen = self.selection.score
-        vector = self.candidates[chosen.position, chosen.layer].float().clone()
-        return Direction(vector, chosen.layer, chosen.position, self.chat.model_id)
-
-
-def _silent(description: str, total: int) -> AbstractContextManager[Callable[[int], object]]:
+def _silent(description: str, total: int) -> AbstractContextManager[Tick]:
     return nullcontext(lambda done: None)
 
 
@@ -127,7 +65,7 @@ def extract(
     *,
     prompts: PromptSets | None = None,
     progress: Progress | None = None,
-    unfinished: str | Path | None = None,
+    checkpoint_dir: str | Path | None = None,
 ) -> RunResult:
     """Find the refusal direction of a chat model.
 
@@ -136,116 +74,140 @@ def extract(
         config: every other setting; None for the defaults.
         prompts: the prompts to use; None gathers those of the configuration.
         progress: called once for each pass over the weights; None shows nothing.
-        unfinished: a folder to keep finished parts in, for `Config.resume`, until `checkpoints.forget` removes them; None keeps
-            nothing.
+        checkpoint_dir: a folder for checkpoints, which `Config.resume` uses and `runtime.checkpoints.forget` removes; None
+            keeps none.
 
     Raises RefusalDirectionError: see refusal_direction.errors for every case.
     """
-    config, chat = _resolve(model, config)
-    given = chat is not None
-    search_name(config)  # an unknown search is found out before the work
-    with processes.joined(), recorded_warnings() as warnings, _left_alone(chat), in_own_dtype():
-        ready = prepare(config, chat=chat, prompts=prompts, progress=progress is not None)
-        clock = StageTimer(dict(ready.seconds))
-        progress = progress or _silent
-        chat, prompts, tokens, engine = ready.chat, ready.prompts, ready.tokens, ready.engine
-        _check_layers(config, len(engine.stream.layers))
-        store = NO_CHECKPOINTS if unfinished is None else _checkpoints(Path(unfinished), config, ready, given=given)
-        with clock("baseline"):
-            baseline = _baseline(ready, progress, store)
-            _check_finite(baseline, chat)
-            mass = _mass(baseline, prompts, tokens)
-            kept = keep_fitting(baseline.refusal, prompts.indices(), skip=config.skip_filter, rules=config.rules)
-        candidates = _candidates(baseline, kept)
-        with clock("interventions"):
-            choice = select_direction(
-                ScoringContext(engine, tokens, candidates, baseline, kept, store), config, progress=progress
-            )
-        leak = processes.all_max(engine.leak)
-        for message in processes.gather_warnings(warnings):
-            log.warning("%s", message)
-    return RunResult(
-        config=config,
-        chat=chat,
-        prompts=prompts,
-        kept=kept,
-        tokens=tokens,
-        mass=mass,
-        baseline=replace(baseline, activations=torch.empty(0), logits={}),
-        candidates=candidates,
-        choice=choice,
-        engine=engine.name,
-        leak=leak,
-        warnings=tuple(warnings),
-        seconds=clock.seconds,
-        peak_memory=peak_bytes(execution_device(chat.model)),
-    )
+    with prepared(model, config, prompts=prompts, progress=progress is not None) as ready:
+        return run(ready, progress=progress, checkpoint_dir=checkpoint_dir)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """All that is needed before the first sweep."""
+    """Everything that is needed before the first pass."""
 
+    config: Config
     chat: ChatModel
     prompts: PromptSets
     tokens: RefusalTokens
     engine: Engine
-    seconds: dict[str, float]
-    """Wall time of gathering prompts, and of loading and looking at the model."""
+    hash_weights: bool
+    """Whether the model was given in memory, so that only its weights tell it from others."""
+    seconds: dict[str, float] = field(repr=False)
+    """Wall time of gathering prompts and of loading the model."""
+    warnings: list[str] = field(repr=False)
+    """The warnings of this and all later stages, as they come."""
 
 
-def prepare(
-    config: Config,
+@contextmanager
+def prepared(
+    model: str | os.PathLike[str] | ChatModel,
+    config: Config | None = None,
     *,
-    chat: ChatModel | None = None,
     prompts: PromptSets | None = None,
     progress: bool = False,
-) -> Prepared:
-    """Gather prompts, load the model, find its residual stream and its refusal tokens.
+) -> Iterator[Prepared]:
+    """Gather prompts, load the model, and find its residual stream and its refusal tokens.
 
-    Whether the model can be had is found out first: prompts may be a long download, too.
+    Within the context the processes of the run are joined, warnings are recorded, and a model given in memory runs in eval
+    mode, uncompiled.
 
     Args:
-        config: names the model and the prompts.
-        chat: the model, if it is loaded already.
-        prompts: the prompts, likewise.
+        model: as for `extract`.
+        config: as for `extract`.
+        prompts: as for `extract`.
         progress: whether downloads show bars.
     """
-    clock = StageTimer()
+    config, chat = _resolve(model, config)
+    search_name(config)  # raises before the work, not after it
+    check_methods(config.methods)
+    with ExitStack() as contexts:
+        contexts.enter_context(processes.joined())
+        warnings = contexts.enter_context(recorded_warnings())
+        contexts.enter_context(_eval_mode(chat))
+        contexts.enter_context(in_own_dtype())
+        yield _prepare(config, chat, prompts, progress, warnings)
+
+
+def run(ready: Prepared, *, progress: Progress | None = None, checkpoint_dir: str | Path | None = None) -> RunResult:
+    """Run the method on what was prepared; the arguments are those of `extract`."""
+    config, engine, timer = ready.config, ready.engine, RunLog(dict(ready.seconds))
+    progress = progress or _silent
+    _check_layers(config, len(engine.stream.layers))
+    store = NO_CHECKPOINTS if checkpoint_dir is None else _checkpoints(Path(checkpoint_dir), ready)
+    with timer("baseline"):
+        baseline = _baseline(ready, progress, store, timer)
+        _check_finite(baseline, ready.chat)
+        probability = _diagnosed(baseline, ready)
+        kept = filter_prompts(baseline.refusal, ready.prompts.indices(), skip=config.skip_filter, rules=config.rules)
+    candidates = make_candidates(config.methods, *(baseline.activations_at(kept[kind, Split.TRAIN]) for kind in Kind))
+    context = ScoringContext(engine, ready.tokens.ids, candidates, baseline, kept, store, timer)
+    with timer("interventions"):
+        selection, scores = select_direction(context, config, progress=progress)
+    leak = processes.all_max(max(engine.leak, timer.leak))
+    for message in processes.gather_warnings(ready.warnings):
+        log.warning("%s", message)
+    return RunResult(
+        config=config,
+        model=model_record(ready.chat, n_layers=len(engine.stream.layers), d_model=engine.stream.skeleton.d_model),
+        template=ready.chat.template_settings,
+        eoi_tokens=eoi_tokens(ready.chat),
+        refusal_tokens=ready.tokens,
+        refusal_probability=probability,
+        prompts=prompt_records(ready.prompts, kept, baseline),
+        candidates=Candidates(candidates.vectors.float().cpu(), candidates.labels),
+        scores=scores,
+        selection=selection,
+        engine=EngineRecord(engine.name, leak, processes.size()),
+        warnings=tuple(ready.warnings),
+        seconds=timer.seconds,
+        peak_memory_bytes=peak_bytes(execution_device(ready.chat.model)),
+        versions=versions(),
+        finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        activations=train_activations(baseline, ready.prompts) if config.keep_activations else None,
+    )
+
+
+def _prepare(
+    config: Config, chat: ChatModel | None, prompts: PromptSets | None, progress: bool, warnings: list[str]
+) -> Prepared:
+    """Find out first whether the model can be had, since prompts may be a long download too."""
+    timer, given = StageTimer(), chat is not None
     if not isinstance(prompts, PromptSets | None):
         raise PromptError(f"prompts must be PromptSets(harmful_train=..., ...), not a {type(prompts).__name__}.")
     if chat is None:
-        with clock("model"):
+        with timer("model"):
             check_access(config.model)
-    with clock("prompts"):
+    with timer("prompts"):
         prompts = prompts or prompt_sources.gather(config, progress=progress)
     if not all(prompts.indices().values()):
-        raise TooFewPromptsError("A set of prompts is empty. Each of the four needs at least one.")
-    with clock("model"):
+        raise TooFewPromptsError("A set of prompts is empty. Each train and validation set needs at least one.")
+    with timer("model"):
         chat = chat or load(config)
         stream = ResidualStream(chat.model)
         tokens = _tokens(config, chat, prompts)
-        reserved = baseline_bytes(
-            stream,
-            n_activations=len(prompts.harmful_train) + len(prompts.harmless_train),
-            n_positions=chat.n_positions,
-            n_logits=len(prompts.harmless_val),
-        )
-        engine = Engine(
-            stream,
-            _inputs(chat, prompts),
-            batch_size=config.batch_size,
-            memory=config.memory_budget,
-            reserved_bytes=reserved,
-            observed_tokens=chat.n_positions,
-        )
-    return Prepared(chat, prompts, tokens, engine, clock.seconds)
+        engine = _engine(config, chat, prompts, stream)
+    return Prepared(config, chat, prompts, tokens, engine, given, timer.seconds, warnings)
+
+
+def _engine(config: Config, chat: ChatModel, prompts: PromptSets, stream: ResidualStream) -> Engine:
+    n_train = sum(len(prompts[kind, Split.TRAIN]) for kind in Kind)
+    n_logits = len(prompts[Kind.HARMLESS, Split.VALIDATION])
+    return Engine(
+        stream,
+        _inputs(chat, prompts),
+        batch_size=config.batch_size,
+        memory=config.memory_budget,
+        reserved_bytes=baseline_bytes(stream, n_activations=n_train, n_positions=chat.n_positions, n_logits=n_logits),
+        observed_tokens=chat.n_positions,
+    )
 
 
 def _resolve(model: str | os.PathLike[str] | ChatModel, config: Config | None) -> tuple[Config, ChatModel | None]:
     """The whole configuration, and the model if it is loaded.
 
-    Raises ConfigurationError where the configuration is for models of the other kind.
+    Raises ConfigurationError if the configuration is for models of the other kind.
     """
     if not isinstance(model, str | os.PathLike | ChatModel):
         raise ConfigurationError(
@@ -269,8 +231,8 @@ def _resolve(model: str | os.PathLike[str] | ChatModel, config: Config | None) -
 
 
 @contextmanager
-def _left_alone(chat: ChatModel | None) -> Iterator[None]:
-    """Within the context the model is as it answers: without dropout, not compiled. Afterwards it is as it was.
+def _eval_mode(chat: ChatModel | None) -> Iterator[None]:
+    """Run the model in eval mode, uncompiled; restore it on exit.
 
     Raises ConfigurationError inside of an intervention, whose effect would be measured as the model's own.
     """
@@ -290,13 +252,13 @@ def _left_alone(chat: ChatModel | None) -> Iterator[None]:
 
 
 def _inputs(chat: ChatModel, prompts: PromptSets) -> list[dict[str, Tensor]]:
-    """What the model is given for each prompt.
+    """The model's inputs for every train and validation prompt.
 
-    Raises PromptError where a prompt has more tokens than the model has positions, or does not end in the end-of-instruction
-    tokens; TokenizerError where it has a token that the model does not have.
+    Raises PromptError for a prompt that has more tokens than the model has positions, or does not end in the end-of-instruction
+    tokens; TokenizerError for one with a token that the model does not have.
     """
     inputs, eoi = [], list(chat.eoi_tokens)
-    for prompt in prompts.everything:
+    for prompt in prompts.for_selection:
         inputs.append(chat.inputs(prompt))
         ids = inputs[-1]["input_ids"]
         if ids.shape[1] > chat.most_tokens:
@@ -305,8 +267,8 @@ def _inputs(chat: ChatModel, prompts: PromptSets) -> list[dict[str, Tensor]]:
             )
         if eoi and ids[0, -len(eoi) :].tolist() != eoi:
             raise PromptError(
-                f"The end of {prompt.id} and what the chat template puts after it become tokens together, so that it lacks the end-"
-                "of-instruction tokens of the others. Take white space off its end, or leave it out."
+                f"The end of {prompt.id} and the text that the chat template puts after it become tokens together, so that it "
+                "lacks the end-of-instruction tokens of the others. Take white space off its end, or leave it out."
             )
         if int(ids.max()) >= chat.model.get_input_embeddings().num_embeddings:
             raise TokenizerError(
@@ -317,15 +279,15 @@ def _inputs(chat: ChatModel, prompts: PromptSets) -> list[dict[str, Tensor]]:
 
 
 def _check_layers(config: Config, n_layers: int) -> None:
-    """Raise ConfigurationError where no layer may be selected from; for images that condition is dropped if need be."""
-    if layer_limit(n_layers, config.thresholds) < 1 and not config.rules.relative_steering:
+    """Raise ConfigurationError if no layer may be selected from; for images that condition is dropped if need be."""
+    if layer_limit(n_layers, config.thresholds) < 1 and not config.rules.relaxing:
         raise ConfigurationError(
             f"--prune_layers {config.thresholds.prune_layers:g} leaves none of {n_layers} layers to choose from. Lower it."
         )
 
 
 def _check_finite(baseline: Baseline, chat: ChatModel) -> None:
-    """Raise UnsupportedModelError where the model's own logits are not numbers."""
+    """Raise UnsupportedModelError if the model's own logits are not numbers."""
     if baseline.refusal.isnan().any():
         raise UnsupportedModelError(
             f"The logits of {chat.model_id} are not numbers for {int(baseline.refusal.isnan().sum())} of "
@@ -339,38 +301,43 @@ def _tokens(config: Config, chat: ChatModel, prompts: PromptSets) -> RefusalToke
     return refusal_tokens.resolve(chat, config.refusal_tokens, config.rules)
 
 
-def _checkpoints(folder: Path, config: Config, ready: Prepared, *, given: bool) -> Checkpoints:
-    sets = ready.prompts.indices()
-    same = fingerprint(config, ready.chat, ready.engine.prompts, ready.tokens, sets=sets, given=given)
-    return Checkpoints(folder, same, resume=config.resume)
+def _checkpoints(folder: Path, ready: Prepared) -> Checkpoints:
+    same = fingerprint(
+        ready.config,
+        ready.chat,
+        ready.engine.prompts,
+        ready.tokens,
+        sets=ready.prompts.indices(),
+        hash_weights=ready.hash_weights,
+    )
+    return Checkpoints(folder, same, resume=ready.config.resume)
 
 
-def _baseline(ready: Prepared, progress: Progress, store: CheckpointStore) -> Baseline:
+def _baseline(ready: Prepared, progress: Progress, store: CheckpointStore, timer: RunLog) -> Baseline:
     indices, engine = ready.prompts.indices(), ready.engine
-    total = len(ready.prompts.everything) * len(engine.stream.layers)
-    with progress("Sweep 1: baseline", total) as tick:
+    with progress("Pass 1: baseline", len(engine.prompts) * len(engine.stream.layers)) as tick:
         return measure_baseline(
             engine,
-            ready.tokens,
+            ready.tokens.ids,
             n_positions=ready.chat.n_positions,
-            activations_of=indices["harmful_train"] + indices["harmless_train"],
-            logits_of=indices["harmless_val"],
+            activations_of=indices[Kind.HARMFUL, Split.TRAIN] + indices[Kind.HARMLESS, Split.TRAIN],
+            logits_of=indices[Kind.HARMLESS, Split.VALIDATION],
             tick=tick,
             store=store,
+            log=timer,
         )
 
 
-def _mass(baseline: Baseline, prompts: PromptSets, tokens: RefusalTokens) -> dict[str, ProbabilityQuartiles]:
-    """What probability the refusal tokens hold on each kind of prompts; warns where it says that they are the wrong ones."""
-    places = prompts.indices()
-    kinds = {
-        kind: ProbabilityQuartiles.of(baseline.mass[places[f"{kind}_train"] + places[f"{kind}_val"]])
-        for kind in ("harmful", "harmless")
+def _diagnosed(baseline: Baseline, ready: Prepared) -> dict[Kind, ProbabilityQuartiles]:
+    """Quartiles of the refusal tokens' probability; warns if they suggest that the tokens are the wrong ones."""
+    indices = ready.prompts.indices()
+    quartiles = {
+        kind: ProbabilityQuartiles.of(
+            baseline.probability[indices[kind, Split.TRAIN] + indices[kind, Split.VALIDATION]]
+        )
+        for kind in Kind
     }
-    if doubted := refusal_tokens.diagnose(tokens, **kinds):
-        log.warning("%s", doubted)
-    return kinds
-
-
-def _candidates(baseline: Baseline, kept: dict[str, list[int]]) -> Float[Tensor, "position layer d_model"]:
-    return mean_difference(baseline.activations[kept["harmful_train"]], baseline.activations[kept["harmless_train"]])
+    by_name = {kind.value: found for kind, found in quartiles.items()}
+    if diagnosis := refusal_tokens.diagnose(ready.tokens, **by_name):
+        log.warning("%s", diagnosis)
+    return quartiles

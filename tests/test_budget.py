@@ -23,7 +23,7 @@ def test_a_tight_budget_takes_more_passes_and_gives_the_same_scores() -> None:
     tight, loose = engine_with(1 << 20, problem), engine_with(None, problem)
     tight.budget.hidden_bytes //= 64  # the least budget still holds all of these few rows
     rows = [Row(prompt) for prompt in range(len(problem.inputs))]
-    assert len(list(tight.parts(rows))) > len(list(loose.parts(rows))) == 1
+    assert len(list(tight.passes(rows))) > len(list(loose.passes(rows))) == 1
     found, expected = solve(tight, problem), solve(loose, problem)
     assert torch.allclose(found.scores.ablation, expected.scores.ablation, atol=1e-5)
     assert torch.allclose(found.scores.kl, expected.scores.kl, atol=1e-6)
@@ -37,10 +37,10 @@ def test_a_long_pass_is_cut_so_that_little_is_lost_with_it(monkeypatch: pytest.M
     a_row = 2 * weights * max(inputs["input_ids"].shape[1] for inputs in problem.inputs)
     monkeypatch.setattr(budget, "_OPERATIONS", {"cpu": 3 * a_row})
     cut = engine_with(None, problem)
-    parts = list(cut.parts(rows))
-    assert [row for part in parts for row in part] == rows
-    assert len(list(whole.parts(rows))) == 1 < len(parts)
-    assert all(len(part) >= 3 for part in parts[:-1])
+    passes = list(cut.passes(rows))
+    assert [row for one in passes for row in one] == rows
+    assert len(list(whole.passes(rows))) == 1 < len(passes)
+    assert all(len(one) >= 3 for one in passes[:-1])
     found, expected = solve(cut, problem), solve(whole, problem)
     assert torch.allclose(found.scores.ablation, expected.scores.ablation, atol=1e-5)
     assert torch.allclose(found.scores.steering, expected.scores.steering, atol=1e-5)

@@ -247,11 +247,11 @@ def test_a_model_that_refuses_a_third_of_the_harmful_prompts_is_not_doubted():
 @pytest.mark.parametrize(
     ("harmful", "harmless", "said"),
     [
-        (ANSWERED, ANSWERED, "hardly a harmful prompt counts as refused"),
-        (torch.full((8,), 0.4), ANSWERED, "hardly a harmful prompt counts as refused"),  # the rest says it otherwise
+        (ANSWERED, ANSWERED, "hardly any harmful prompt counts as refused"),
+        (torch.full((8,), 0.4), ANSWERED, "hardly any harmful prompt counts as refused"),  # the rest says it otherwise
         (REFUSED, REFUSED, "many harmless prompts count as refused"),
         (REFUSED, torch.tensor([0.9] * 3 + [0.01] * 5), "many harmless prompts count as refused"),
-        (ANSWERED, REFUSED, "maybe --harmful and --harmless are swapped"),
+        (ANSWERED, REFUSED, "--harmful and --harmless may be swapped"),
     ],
 )
 def test_tokens_that_do_not_tell_the_kinds_apart_are_doubted(harmful: torch.Tensor, harmless: torch.Tensor, said: str):
@@ -268,7 +268,7 @@ def test_tokens_as_likely_on_harmless_prompts_as_on_harmful_ones_are_always_doub
 
 
 @pytest.mark.parametrize(
-    ("token", "said"), [("zyxwvut", "is not one token"), ("999999", "the vocabulary of .* ends at")]
+    ("token", "said"), [("zyxwvut", "is not one token"), ("999999", "the last id in the vocabulary of .* is")]
 )
 def test_a_refusal_token_outside_the_vocabulary_is_explained(chat: ChatModel, token: str, said: str):
     with pytest.raises(RefusalTokenError, match=said):

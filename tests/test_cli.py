@@ -137,7 +137,7 @@ def test_calibration_is_recorded(tmp_path: Path):
         (["--n_train", "100000"], "were asked for"),
         (["--harmful", "none.txt", "--harmless", "none.txt"], "none.txt: there is no such file"),
         (["--refusal_tokens", "zyxwvut"], "is not one token of demo"),
-        (["--refusal_tokens", ""], "an empty text is no token"),
+        (["--refusal_tokens", ""], "an empty text is not a token"),
         (["--chat_template", "{{ bos_token }}<start_of_turn>model"], "leaves out the request"),
         (["--refusal_tokens", "I", "--calibrate_refusal"], "exclude each other"),
         (["--refusal_tokens", "a"], "The filter left too few prompts"),

@@ -163,11 +163,11 @@ def test_what_differs_from_prompt_to_prompt_follows_its_rows(unusual: dict[str, 
 @some_families
 def test_little_memory_for_hidden_states_means_more_passes_and_the_same_scores(name: str, problem: Problem) -> None:
     model = build(FAMILIES[name])
-    whole, chunked = engine_of(model, problem), engine_of(model, problem)
-    chunked.budget.hidden_bytes = 5 * 12 * D_MODEL * 4  # some five rows
+    whole, split = engine_of(model, problem), engine_of(model, problem)
+    split.budget.hidden_bytes = 5 * 12 * D_MODEL * 4  # some five rows
     expected = solve(whole, problem)
-    calls = _count_calls(chunked.stream.skeleton, "tail")
-    found = solve(chunked, problem)
+    calls = _count_calls(split.stream.skeleton, "tail")
+    found = solve(split, problem)
     assert len(calls) > 10
     for ours, theirs in (
         (found.candidates, expected.candidates),
@@ -222,7 +222,7 @@ def _traces(model: PreTrainedModel) -> list[str]:
     ]
 
 
-def _run_both_sweeps(engine: Engine, problem: Problem, consume: Callable[..., None]) -> None:
+def _run_both_passes(engine: Engine, problem: Problem, consume: Callable[..., None]) -> None:
     given = candidates(2)
     engine.baseline(consume, lambda *seen: None)
     engine.intervene(every_row(problem, given), given, consume)
@@ -232,7 +232,7 @@ def _run_both_sweeps(engine: Engine, problem: Problem, consume: Callable[..., No
 def test_model_is_as_it_was_after_a_run(family: Any, problem: Problem) -> None:
     model = build(family)
     weights = {name: weight.clone() for name, weight in model.state_dict().items()}
-    _run_both_sweeps(engine_of(model, problem), problem, lambda rows, logits: None)
+    _run_both_passes(engine_of(model, problem), problem, lambda rows, logits: None)
     assert _traces(model) == []
     assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
 
@@ -248,7 +248,7 @@ def test_model_is_as_it_was_after_a_failure_of_the_caller(family: Any, failing_c
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        _run_both_sweeps(engine_of(model, problem), problem, consume)
+        _run_both_passes(engine_of(model, problem), problem, consume)
     assert _traces(model) == []
 
 
@@ -266,7 +266,7 @@ def test_model_is_as_it_was_after_a_failure_inside_a_layer(family: Any, failing_
     norm = engine.stream.layers[2].get_submodule("input_layernorm")
     handle = norm.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="the layer broke"):
-        _run_both_sweeps(engine, problem, lambda rows, logits: None)
+        _run_both_passes(engine, problem, lambda rows, logits: None)
     handle.remove()
     assert _traces(model) == []
 
@@ -280,3 +280,13 @@ def test_inputs_and_candidates_are_not_changed(problem: Problem) -> None:
     assert all(
         torch.equal(one[name], two[name]) for one, two in zip(engine.prompts, inputs, strict=True) for name in two
     )
+
+
+def test_a_baseline_of_no_prompts_runs_nothing(problem: Problem) -> None:
+    engine = engine_of(build(FAMILIES["llama"]), problem)
+    seen = Logits()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(LayerMajor, "run", lambda *_, **__: pytest.fail("the model was run"))
+        engine.baseline(seen, lambda *_: None, lambda done: pytest.fail("work was reported"), prompts=[])
+    assert not seen
+    assert engine.name == "layer-major"

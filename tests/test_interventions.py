@@ -372,7 +372,7 @@ def test_added_directions_for_another_number_of_rows_are_refused() -> None:
 def test_what_is_no_model_of_transformers_is_refused() -> None:
     model = build(FAMILIES["llama"])
     with (
-        pytest.raises(TypeError, match="not a DataParallel. Give what is inside of it"),
+        pytest.raises(TypeError, match="not a DataParallel. Give the model inside of it"),
         ablated(
             nn.DataParallel(model),  # type: ignore[arg-type]
             torch.ones(D_MODEL),

@@ -77,7 +77,7 @@ def copied(folder: Path) -> Path:
 def test_weights_that_were_cut_off_are_explained(tmp_path: Path):
     weights = copied(tmp_path) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100_000])
-    with pytest.raises(ModelAccessError, match="cannot be read.*fetch it again"):
+    with pytest.raises(ModelAccessError, match="cannot be read.*download it again"):
         load_chat_model(str(tmp_path))
 
 
@@ -94,7 +94,7 @@ def test_weights_of_another_shape_are_explained(tmp_path: Path):
 
 @pytest.mark.parametrize("settings", [{"num_hidden_layers": "7"}, {"hidden_size": "many"}])
 def test_a_configuration_that_makes_no_sense_is_explained(tmp_path: Path, settings: dict[str, int | str]):
-    with pytest.raises(ModelAccessError, match=r"config.json of .* cannot be used.*Mend it"):
+    with pytest.raises(ModelAccessError, match=r"config.json of .* cannot be used.*Fix it"):
         load_chat_model(changed(tmp_path, **settings))
 
 
@@ -132,7 +132,7 @@ def test_weights_that_are_not_used_are_warned_of(tmp_path: Path, caplog: pytest.
     ("source", "said"),
     [
         (ModelSource("demo", dtype="float8"), "--dtype float8 is not known"),
-        (ModelSource("demo", device="toaster"), "--device toaster is no device"),
+        (ModelSource("demo", device="toaster"), "--device toaster is not a device"),
         (ModelSource("demo", chat_template="nowhere.jinja"), "--chat_template nowhere.jinja: neither"),
     ],
 )

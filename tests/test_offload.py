@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from refusal_direction.engine import residency
 from refusal_direction.engine.interventions import ablated
 from refusal_direction.engine.residency import resident
-from refusal_direction.models.placement import is_offloaded
+from refusal_direction.models.placement import is_offloaded, offload_hooks
 from tests.families import FAMILIES, build, layers_of
 from tests.problems import as_inputs, engine_of, make_problem, solve
 
@@ -62,7 +64,7 @@ def test_whole_run_reads_each_layer_tensor_at_most_twice(name: str, tmp_path: Pa
     assert answer.engine.name == "layer-major"
     counts = {tensor: reads[tensor] for tensor in layer_tensors(model, name)}
     assert set(counts.values()) <= {1, 2}
-    assert max(counts.values()) == 2  # control: every one is needed in both sweeps
+    assert max(counts.values()) == 2  # control: every one is needed in both passes
 
 
 @families
@@ -151,32 +153,62 @@ def test_resident_loads_once_for_any_number_of_calls_and_nests(tmp_path: Path, r
 def test_while_a_layer_is_at_work_the_next_ones_tensors_are_read_and_nothing_else(
     suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is offloaded as it is in the checkpoint stays there; other tensors get files of their own."""
+    """Tensors that are offloaded as they are in the checkpoint stay in its file; others get files of their own."""
     plain = build(FAMILIES["llama"])
     places = {"model.layers": "disk", "model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
     in_files = (
         on_disk(plain, tmp_path) if suffix == ".safetensors" else dispatch_model(plain, places, offload_dir=tmp_path)
     )
-    layers, own = layers_of(in_files, FAMILIES["llama"]), residency._stretches
-    read: list[tuple[Path, int, int]] = []
-    monkeypatch.setattr(residency, "_stretches", lambda *args: (read.append(one) or one for one in own(*args)))
+    layers, own = layers_of(in_files, FAMILIES["llama"]), residency._blocks
+    read: dict[str, bytes] = {}
+
+    def blocks(weights: OffloadedWeightsLoader, name: str) -> Iterator[torch.Tensor | bytes]:
+        assert name not in read
+        assert (weights.index[name].get("safetensors_file") is None) == (suffix == ".dat")
+        read[name] = b""
+        for block in own(weights, name):
+            read[name] += block if isinstance(block, bytes) else block.numpy().tobytes()
+            yield block
+
+    monkeypatch.setattr(residency, "_BLOCK_BYTES", 1000)  # several blocks a tensor
+    monkeypatch.setattr(residency, "_BLOCK_ELEMENTS", 300)
+    monkeypatch.setattr(residency, "_blocks", blocks)
     with resident(layers[0]):
         residency._reader.submit(int).result()  # the only thread has done what it was given before this
     monkeypatch.setattr(residency, "_read", lambda *_: None)
     with resident(layers[1]):
-        expected = [weight.detach().numpy().tobytes() for weight in layers[1].parameters()]
-    assert sorted(path.read_bytes()[begin:end] for path, begin, end in read) == sorted(expected)
-    assert {path.suffix for path, _, _ in read} == {suffix}
+        expected = {
+            f"model.layers.1.{name}": weight.detach().numpy().tobytes() for name, weight in layers[1].named_parameters()
+        }
+    assert read == expected
+
+
+def test_blocks_are_copies_that_the_file_must_be_read_for(tmp_path: Path) -> None:
+    """A tensor of a safetensors file is a view of the mapped file: it alone would read nothing."""
+    model = on_disk(build(FAMILIES["llama"]), tmp_path)
+    hook = next(hook for _, hook in offload_hooks(layers_of(model, FAMILIES["llama"]).modules()))
+    weights = hook.weights_map.dataset
+    name = next(name for name in weights.index if name.startswith("model.layers."))
+    file_bytes = Path(weights.index[name]["safetensors_file"]).stat().st_size
+    for block in residency._blocks(weights, name):
+        assert isinstance(block, torch.Tensor)
+        assert block.untyped_storage().nbytes() == block.nbytes < file_bytes
 
 
 def test_a_disk_that_fails_while_reading_ahead_does_not_end_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What cannot be read will be missed, and explained, where it is needed."""
+    """The error is raised and explained when the weights are loaded."""
     problem, plain = make_problem(), build(FAMILIES["llama"])
-    gone = [(tmp_path / "gone", 0, 10)]
-    monkeypatch.setattr(residency, "_stretches", lambda *_: gone)
+    own, failed = residency.safe_open, []
+
+    def gone(path: str, **kwargs: Any) -> Any:
+        failed.append(path)
+        return own(tmp_path / "gone", **kwargs)
+
+    monkeypatch.setattr(residency, "safe_open", gone)
     found = solve(engine_of(on_disk(plain, tmp_path), problem), problem)
+    assert failed
     assert torch.allclose(found.scores.ablation, solve(engine_of(plain, problem), problem).scores.ablation, atol=1e-5)
 
 

@@ -84,7 +84,7 @@ def test_out_of_memory_for_the_hidden_states_is_an_error_with_a_remedy(
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 7 bytes.")
 
     monkeypatch.setattr(LengthGroup, "enter", enter)
-    with pytest.raises(OutOfMemoryError, match="what all rows hold together. Use a smaller model"):
+    with pytest.raises(OutOfMemoryError, match="the hidden states of all rows together.*Use a smaller model"):
         engine.intervene(every_row(problem, given), given, Logits())
 
 

@@ -54,7 +54,7 @@ def test_tokens_that_say_nothing_of_refusal_are_warned_of_in_the_results(chat: C
     anything = Thresholds(kl=100.0, induce=-100.0)
     config = replace(FEW, refusal_tokens=("a",), skip_filter=True, thresholds=anything)
     (warning,) = extract(chat, config, prompts=extraction.prompts).warnings
-    assert "hardly a harmful prompt counts as refused" in warning
+    assert "hardly any harmful prompt counts as refused" in warning
     assert extraction.warnings == ()  # control
 
 

@@ -99,16 +99,16 @@ def test_scores_are_those_without_sharing(name: str, batch_size: int | None) -> 
         assert torch.allclose(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-def test_chunks_have_their_own_lead() -> None:
+def test_each_pass_has_its_own_prefix_rows() -> None:
     model, problem = build(FAMILIES["llama"]), make_problem()
-    whole, chunked = engine_of(model, problem), engine_of(model, problem)
-    chunked.budget.hidden_bytes = 40 * D_MODEL * 4
-    found, expected = solve(chunked, problem), solve(whole, problem)
+    whole, split = engine_of(model, problem), engine_of(model, problem)
+    split.budget.hidden_bytes = 40 * D_MODEL * 4
+    found, expected = solve(split, problem), solve(whole, problem)
     assert torch.allclose(found.scores.ablation, expected.scores.ablation, atol=1e-5)
     assert torch.allclose(found.scores.steering, expected.scores.steering, atol=1e-5)
 
 
-def test_out_of_memory_in_the_lead_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_in_the_prefix_rows_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model, problem = build(FAMILIES["llama"]), make_problem()
     expected = solve(engine_of(model, problem), problem)
     engine = engine_of(model, problem)

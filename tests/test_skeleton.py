@@ -115,7 +115,7 @@ def test_a_layer_that_stands_at_two_places_is_refused_and_the_model_goes_on_runn
     ids = torch.arange(5, 9).unsqueeze(0)
     with torch.no_grad():
         before = llama(ids, use_cache=False).logits
-        assert "one layer stands at several places of the stack" in refusal(llama)
+        assert "one layer occurs several times in the stack" in refusal(llama)
         with replaced_forwards(llama.model.layers, lambda index, own: own):
             pass
         assert torch.equal(llama(ids, use_cache=False).logits, before)

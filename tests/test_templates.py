@@ -104,7 +104,7 @@ def test_a_system_prompt_stands_where_the_format_puts_it(name: str):
 
 @those(REFUSED)
 def test_a_system_prompt_that_the_template_refuses_is_an_error(name: str):
-    with pytest.raises(ChatTemplateError, match=r"takes no --system_prompt \(it refuses.*Leave it out"):
+    with pytest.raises(ChatTemplateError, match=r"takes no --system_prompt \(it rejects.*Leave it out"):
         replace(chat_of(name), system_prompt="Be kind.").check_system_prompt()
 
 

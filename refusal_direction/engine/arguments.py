@@ -1,9 +1,9 @@
-"""Choosing rows of the recorded layer arguments.
+"""Selection of rows from the recorded layer arguments.
 
 A prelude records the arguments for its own prompts. A microbatch runs other rows, in which one prompt may appear many
-times, so every tensor that has one slice per prompt must be indexed. Which axis that is (position embeddings, masks,
-ALiBi biases with heads folded into the batch, per-layer inputs: each family has its own) is learnt, once, by comparing
-a batch of two with a batch of three.
+times, so every tensor with one slice per prompt must be indexed. Position embeddings, masks, ALiBi biases with heads folded
+into the batch and per-layer inputs have this axis in different places. It is found once, by comparing a batch of two prompts
+with a batch of three.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ __all__ = ["batch_axes", "concatenate", "map_tensors", "take_rows"]
 
 
 def map_tensors(visit: Callable[..., Any], tree: Any, *others: Any) -> Any:
-    """Apply `visit` to corresponding tensors of nested tuples, lists and mappings; other leaves stay the first tree's.
+    """Apply `visit` to corresponding tensors of nested tuples, lists and mappings; keep other leaves of the first tree.
 
-    The first tree leads: where it has nothing (short prompts may come without a mask that long ones have), the others
-    are not looked at.
+    Where the first tree has no tensor, those of the others are ignored: short prompts may lack a mask that long ones have.
+
+    Raises UnsupportedModelError if corresponding sequences differ in length.
     """
     if isinstance(tree, Tensor):
         return visit(tree, *others)
     if isinstance(tree, (tuple, list)):
         if any(len(other) != len(tree) for other in others):
-            raise UnsupportedModelError("A layer argument has another number of parts for another number of rows.")
+            raise UnsupportedModelError("The number of elements of a layer argument depends on the number of rows.")
         return type(tree)(map_tensors(visit, *parts) for parts in zip(tree, *others, strict=True))
     if isinstance(tree, Mapping):
         return {name: map_tensors(visit, tree[name], *(other[name] for other in others)) for name in tree}
@@ -41,25 +42,25 @@ def map_tensors(visit: Callable[..., Any], tree: Any, *others: Any) -> Any:
 
 def _axis(of_two: Tensor, of_three: Tensor | None) -> int | None:
     if of_three is None or of_two.ndim != of_three.ndim:
-        raise UnsupportedModelError("A layer argument is not of one form for every number of rows.")
+        raise UnsupportedModelError("The number of dimensions of a layer argument depends on the number of rows.")
     differing = [axis for axis, (a, b) in enumerate(zip(of_two.shape, of_three.shape, strict=True)) if a != b]
     if len(differing) > 1 or any(of_two.shape[axis] * 3 != of_three.shape[axis] * 2 for axis in differing):
         raise UnsupportedModelError(
-            f"A layer argument of shape {tuple(of_two.shape)} does not grow with the batch in a way that can be followed."
+            f"A layer argument of shape {tuple(of_two.shape)} does not grow in proportion to the batch."
         )
     return differing[0] if differing else None
 
 
 def batch_axes(of_two: Any, of_three: Any) -> Any:
-    """The axis of each tensor that holds one slice a prompt (or None), from preludes of two and of three prompts.
+    """For each tensor the axis with one slice a prompt, or None, from preludes of two and of three prompts.
 
-    Raises UnsupportedModelError where they cannot be compared.
+    Raises UnsupportedModelError if the two cannot be compared.
     """
     return map_tensors(_axis, of_two, of_three)
 
 
 def take_rows(tree: Any, axes: Any, rows: Int[Tensor, "row"], *, prompts: int) -> Any:
-    """The arguments for `rows`, each the index of one of the `prompts` that were recorded together."""
+    """Arguments for `rows`, each an index into the prompts (`prompts` of them) that were recorded together."""
 
     def take(tensor: Tensor, axis: int | None) -> Tensor:
         if axis is None:
@@ -71,10 +72,10 @@ def take_rows(tree: Any, axes: Any, rows: Int[Tensor, "row"], *, prompts: int) -
 
 
 def concatenate(trees: list[Any], axes: Any, joined: dict[int, Tensor]) -> Any:
-    """The arguments of several preludes as those of one.
+    """Concatenate the arguments of several preludes.
 
-    Layers are given the very same tensors (a mask can be large), so `joined` remembers, by the first's identity, what has
-    been put together for the layers before.
+    Layers share tensors, and a mask can be large. `joined` therefore keeps the results of earlier layers, by the identity of
+    the first prelude's tensor.
     """
 
     def join(tensor: Tensor, axis: int | None, *others: Tensor) -> Tensor:

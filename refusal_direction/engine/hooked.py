@@ -1,6 +1,6 @@
-"""The fallback engine: the model's own forward under hooks, a microbatch of rows at a time.
+"""Fallback runner: the model's own forward under hooks, a microbatch of rows at a time.
 
-Slower than layer-major, and with nothing assumed about what happens between layers. The same interface, but no witness.
+Slower than layer-major, but nothing is assumed about the computation between layers.
 """
 
 from __future__ import annotations
@@ -17,19 +17,23 @@ from refusal_direction.candidates import Candidates
 from refusal_direction.directions import residual_component, unit
 from refusal_direction.engine.budget import Budget, halving
 from refusal_direction.engine.interventions import ResidualStream
-from refusal_direction.engine.layer_major import Consume, Observe, Tick, silent
+from refusal_direction.engine.protocol import Consume, Observe, Tick, silent
 from refusal_direction.engine.rows import Intervention, Row
 from refusal_direction.engine.skeleton import hidden_states_of, shape_of
 
 __all__ = ["Hooked"]
 
-_ROWS_IN_A_PART = 1024
+_ROWS_PER_PASS = 1024
 
 
 class Hooked:
     """Runs rows of the given prompts through the model's own forward, under hooks.
 
-    Rows go `together` unless the model mixes them (`Skeleton.keeps_apart`).
+    Args:
+        stream: the model's residual stream.
+        prompts: the model's inputs for each prompt, each a batch of one: input_ids (1, token), attention_mask, ...
+        budget: limits on the rows that go through the model at once.
+        batched: whether prompts can be run in one batch (`Skeleton.embeds_independently`).
     """
 
     name = "hooked"
@@ -42,17 +46,18 @@ class Hooked:
         prompts: Sequence[Mapping[str, Tensor]],
         budget: Budget,
         *,
-        together: bool = True,
+        batched: bool = True,
     ) -> None:
-        self.stream, self.prompts, self.budget, self._together = stream, prompts, budget, together
+        self.stream, self.prompts, self.budget, self._batched = stream, prompts, budget, batched
         self.leak = 0.0
+        """Largest `residual_component` of an ablated stream at a layer's output so far."""
 
-    def parts(self, rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
-        """As LayerMajor.parts; here they only say how often finished work is kept."""
-        yield from (rows[begin : begin + _ROWS_IN_A_PART] for begin in range(0, len(rows), _ROWS_IN_A_PART))
+    def passes(self, rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+        """Rows after which finished work is saved. Memory sets no limit, and each microbatch reads all weights."""
+        yield from (rows[begin : begin + _ROWS_PER_PASS] for begin in range(0, len(rows), _ROWS_PER_PASS))
 
     def row_bytes(self, rows: Sequence[Row]) -> list[int]:
-        """Nothing is held between microbatches."""
+        """Zero for each row: nothing is held between microbatches."""
         return [0] * len(rows)
 
     @torch.no_grad()
@@ -65,11 +70,11 @@ class Hooked:
         observe: Observe | None = None,
         tick: Tick = silent,
     ) -> None:
-        """As LayerMajor.run, without a witness: the model's own forward is all there is."""
-        for alike in self._alike(rows, candidates):
+        """Run rows through the whole model (`Runner.run`)."""
+        for compatible in self._compatible(rows, candidates):
 
-            def through(some: slice, alike: list[Row] = alike) -> None:
-                microbatch = alike[some]
+            def run_model(some: slice, compatible: list[Row] = compatible) -> None:
+                microbatch = compatible[some]
                 with ExitStack() as hooks:
                     hooks.enter_context(self._intervention(microbatch, candidates))
                     if observe is not None:
@@ -80,27 +85,27 @@ class Hooked:
                 consume(microbatch, logits)
                 tick(len(microbatch) * len(self.stream.layers))
 
-            length = self.prompts[alike[0].prompt]["input_ids"].shape[-1]
-            halving(through, len(alike), self.budget, limit=partial(self._at_once, length))
+            length = self.prompts[compatible[0].prompt]["input_ids"].shape[-1]
+            halving(run_model, len(compatible), self.budget, limit=partial(self._most_rows, length))
 
-    def _at_once(self, length: int) -> int:
-        return self.budget.rows(length) if self._together else 1
+    def _most_rows(self, length: int) -> int:
+        return self.budget.rows(length) if self._batched else 1
 
-    def _alike(self, rows: Sequence[Row], candidates: Candidates | None) -> Iterator[list[Row]]:
-        """Rows of one shape and one kind; steered rows of one layer."""
-        together: dict[Any, list[Row]] = {}
+    def _compatible(self, rows: Sequence[Row], candidates: Candidates | None) -> Iterator[list[Row]]:
+        """Rows that can share a forward pass: of one shape and one intervention, and at one layer if steered."""
+        compatible: dict[Any, list[Row]] = {}
         for row in rows:
             layer = (
                 None
-                if candidates is None or row.kind is not Intervention.STEERING
+                if candidates is None or row.intervention is not Intervention.STEERING
                 else candidates.layers[row.candidate]
             )
-            together.setdefault((shape_of(self.prompts[row.prompt]), row.kind, layer), []).append(row)
-        yield from together.values()
+            compatible.setdefault((shape_of(self.prompts[row.prompt]), row.intervention, layer), []).append(row)
+        yield from compatible.values()
 
     @contextmanager
     def _intervention(self, rows: list[Row], candidates: Candidates | None) -> Iterator[None]:
-        kind = rows[0].kind
+        kind = rows[0].intervention
         if candidates is None or kind is Intervention.BASELINE:
             yield
             return

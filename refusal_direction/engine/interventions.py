@@ -1,6 +1,6 @@
-"""Directional ablation and activation addition on a running model. Hooks exist only inside these contexts.
+"""Directional ablation and activation addition on a running model (paper, section 2.4).
 
-Nothing here changes a weight: the interventions end with the `with` block.
+Hooks exist only inside these contexts, and no weight is changed: an intervention ends with its `with` block.
 """
 
 from __future__ import annotations
@@ -30,43 +30,48 @@ if TYPE_CHECKING:
 __all__ = ["ResidualStream", "ablated", "eagerly", "intervened", "residual_stream", "steered"]
 
 _PROBE_TOKENS = 12
-_STREAM = "_refusal_direction_stream"  # the model carries what was found out about it
-_finding = RLock()
-_NOTHING_LEFT = 1e-5  # of a unit vector, once what is ablated already is taken off
+_STREAM = "_refusal_direction_stream"  # attribute of the model that holds its ResidualStream
+_lock = RLock()
+_ZERO_REMAINDER = 1e-5
+"""Norm up to which a unit vector counts as zero once its components along ablated directions are removed."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Ablated:
-    """A direction that is ablated, and how far its elements may be rounded."""
+    """An ablated direction."""
 
-    u: Tensor
+    u: Float[Tensor, "d_model"] | Float[Tensor, "row d_model"]
     eps: float
+    """Relative rounding error of its elements."""
 
 
 class ResidualStream:
-    """Where a model's residual stream runs: its layers, and the writes of each."""
+    """A model's residual stream: the layers that it runs through, and the writes of each.
+
+    Raises UnsupportedModelError if layers or writes cannot be found, or if there is more than one stream.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.skeleton, self.training = Skeleton(model), model.training
         self.layers = self.skeleton.layers
-        self.members = tuple(self.layers)
-        self.in_force = 0
-        """How many of the contexts `ablated` and `steered` are open."""
+        self.members = tuple(self.layers)  # since `layers` may change in place
+        self.n_open = 0
+        """Number of open `ablated` and `steered` contexts."""
         self._ablated: list[_Ablated] = []  # orthonormal, row by row
         ids = torch.arange(3, 3 + _PROBE_TOKENS, device=execution_device(model)).unsqueeze(0)
         with in_own_dtype(), resident(*self.skeleton.outer, recurse=False), self.skeleton.explained(ids):
             prelude = self.skeleton.prelude({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
             self.skeleton.verify(prelude, ids)
         self.shares_state = any(call.shares_state for call in prelude.calls)
-        """Whether layers hand state on to each other besides the stream (Gemma 3n and 4: keys and values)."""
+        """Whether layers pass state to each other besides the stream (Gemma 3n and 4: keys and values)."""
         with in_own_dtype(), ExitStack() as on_failure:
             on_failure.callback(self.skeleton.held.close)
             self.writes = self._find_writes(prelude)
-            """For each layer, the submodules whose outputs are added to the stream."""
+            """For each layer, the submodules that write into the stream."""
             on_failure.pop_all()
 
     def _find_writes(self, prelude: Prelude) -> list[tuple[WriteSite, ...]]:
-        """Look at one layer of each kind; its weights stay in memory until `skeleton.held` is closed."""
+        """Examine one layer of each kind; its weights stay in memory until `skeleton.held` is closed."""
         found: dict[Any, tuple[WriteSite, ...]] = {}
         for layer, call in zip(self.layers, prelude.calls, strict=True):
             kind = kind_of(layer)
@@ -75,13 +80,13 @@ class ResidualStream:
                 with in_float32(layer) as widened:
                     hidden = prelude.hidden.float() if widened else prelude.hidden
                     found[kind] = find_writes(layer, partial(call.in_float32() if widened else call, layer), hidden)
-            if self.shares_state:  # the layers above need what this one leaves behind
+            if self.shares_state:  # later layers need the state that this one adds
                 call(layer, prelude.hidden, private=False)
         return [found[kind_of(layer)] for layer in self.layers]
 
     @contextmanager
     def ablating(self, index: int, u: Float[Tensor, "d_model"] | Float[Tensor, "row d_model"]) -> Iterator[None]:
-        """Within the context the writes of layer `index` are orthogonal to u: (d_model,), or (row, d_model)."""
+        """Keep the writes of layer `index` orthogonal to u."""
         layer = self.layers[index]
         with ExitStack() as hooks:
             for site in self.writes[index]:
@@ -90,17 +95,18 @@ class ResidualStream:
             yield
 
     @contextmanager
-    def _opened(self, among_ablated: _Ablated | None = None) -> Iterator[None]:
-        self.in_force += 1
-        self._ablated += [] if among_ablated is None else [among_ablated]
+    def _opened(self, ablated: _Ablated | None = None) -> Iterator[None]:
+        """Count an open context, and list its direction if it ablates one."""
+        self.n_open += 1
+        self._ablated += [] if ablated is None else [ablated]
         try:
             yield
         finally:
-            self.in_force -= 1
-            self._ablated = [v for v in self._ablated if v is not among_ablated]
+            self.n_open -= 1
+            self._ablated = [v for v in self._ablated if v is not ablated]
 
-    def _beyond_ablated(self, u: Tensor, eps: float) -> Tensor:
-        """What u has beyond the directions that are ablated already, of unit length; zero where that is rounding."""
+    def _orthogonal_to_ablated(self, u: Tensor, eps: float) -> Tensor:
+        """The component of u orthogonal to the directions ablated already, normalised; zero if it is only rounding."""
         if not self._ablated:
             return u
         for other in self._ablated:
@@ -108,15 +114,22 @@ class ResidualStream:
             if u.ndim == v.ndim == 2 and len(u) != len(v):
                 raise ValueError(f"{len(u)} directions within {len(v)}: give one direction, or one for each row.")
             u = u - (u * v).sum(-1, keepdim=True) * v
-        rounding = max(_NOTHING_LEFT, 4 * max(eps, *(other.eps for other in self._ablated)))
+        rounding = max(_ZERO_REMAINDER, 4 * max(eps, *(other.eps for other in self._ablated)))
         return unit(torch.where(u.norm(dim=-1, keepdim=True) > rounding, u, 0.0))
 
     @contextmanager
     def ablated(self, u: Float[Tensor, "d_model"] | Float[Tensor, "row d_model"], eps: float = 0.0) -> Iterator[None]:
-        """Within the context the stream has no component along u (of unit length, known up to `eps`), anywhere."""
-        u = self._beyond_ablated(u, eps)  # else what is taken off along u would put back something along those
+        """Keep the stream free of any component along u, at every layer and position.
+
+        Args:
+            u: direction of unit length, one for all rows or one for each.
+            eps: relative rounding error of its elements.
+
+        Raises ValueError if this context and an open one have directions for different numbers of rows.
+        """
+        u = self._orthogonal_to_ablated(u, eps)  # otherwise ablating u would restore components along those
         project = _change_input(lambda x: ablate(x, u.to(x)))
-        with self._opened(among_ablated=_Ablated(u, eps)), ExitStack() as hooks:
+        with self._opened(_Ablated(u, eps)), ExitStack() as hooks:
             for index, layer in enumerate(self.layers):
                 hooks.callback(layer.register_forward_pre_hook(project, with_kwargs=True).remove)
                 hooks.enter_context(self.ablating(index, u))
@@ -124,7 +137,10 @@ class ResidualStream:
 
     @contextmanager
     def steered(self, r: Float[Tensor, "d_model"] | Float[Tensor, "row d_model"], layer: int) -> Iterator[None]:
-        """Within the context r is added to the input of a layer, at every position (paper, eq. 4)."""
+        """Add r to the input of a layer, at every position (paper, eq. 4).
+
+        Raises ValueError when the model runs, if r has a direction for each of another number of rows.
+        """
 
         def plus(x: Tensor) -> Tensor:
             if r.ndim == 2 and len(r) != len(x):
@@ -133,16 +149,16 @@ class ResidualStream:
 
         add = _change_input(plus)
         with self._opened(), ExitStack() as hooks:
-            # before all ablation, so that it does not matter which context is opened first
+            # before all ablation, so that the order in which contexts are opened does not matter
             handle = self.layers[layer].register_forward_pre_hook(add, with_kwargs=True, prepend=True)
             hooks.callback(handle.remove)
             yield
 
 
 def _checked(vector: Tensor, d_model: int) -> Tensor:
-    """The vector in `precise`.
+    """The vector in `widest_dtype`.
 
-    Raises TypeError where it is no tensor, ValueError where it is no direction of this model.
+    Raises TypeError if it is not a tensor, ValueError if it cannot be a direction of this model.
     """
     if not isinstance(vector, Tensor):
         raise TypeError(f"A direction must be a tensor, as Direction.vector is, not a {type(vector).__name__}.")
@@ -151,7 +167,7 @@ def _checked(vector: Tensor, d_model: int) -> Tensor:
             f"A direction of shape {tuple(vector.shape)} was given: this model needs ({d_model},) or (row, {d_model})."
         )
     if not vector.is_floating_point() or not vector.isfinite().all():
-        raise ValueError("A direction must be of finite floating-point numbers.")
+        raise ValueError("A direction must consist of finite floating-point numbers.")
     return vector.to(widest_dtype(vector.device))
 
 
@@ -167,40 +183,44 @@ def _ablate_output(site: WriteSite, u: Tensor) -> Callable[..., Any]:
 
 
 def residual_stream(model: PreTrainedModel) -> ResidualStream:
-    """The model's residual stream, found at the first call, and anew once layers or dropout are others.
+    """The model's residual stream, found at the first call, and again after layers or the training mode have changed.
 
-    Raises UnsupportedModelError where it cannot be found, TypeError where it is no model of transformers.
+    Raises UnsupportedModelError if it cannot be found, TypeError if this is not a model of transformers, ValueError if
+    layers or the training mode have changed within `ablated` or `steered`.
     """
     model = unwrapped(model)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
-            f"A model of transformers is needed, not a {type(model).__name__}. Give what is inside of it: chat.model of a "
-            "ChatModel, wrapper.module of a DataParallel."
+            f"A model of transformers is needed, not a {type(model).__name__}. Give the model inside of it: chat.model of "
+            "a ChatModel, wrapper.module of a DataParallel."
         )
-    with _finding:
+    with _lock:
         stream = model.__dict__.get(_STREAM)
         if stream is None or stream.training != model.training or stream.members != tuple(find_layers(model)):
             if intervened(model):
-                raise ValueError("Within `ablated` or `steered` layers were replaced, or train() or eval() was called.")
+                raise ValueError(
+                    "Within `ablated` or `steered` layers were replaced, or train() or eval() was called. End these contexts first."
+                )
             stream = model.__dict__[_STREAM] = ResidualStream(model)
             stream.skeleton.held.close()
     return stream
 
 
 def intervened(model: PreTrainedModel) -> bool:
-    """Whether a context of `ablated` or `steered` is open on the model."""
+    """Whether an `ablated` or `steered` context is open on the model."""
     stream = unwrapped(model).__dict__.get(_STREAM)
-    return stream is not None and stream.in_force > 0
+    return stream is not None and stream.n_open > 0
 
 
 class _Stance:
-    """torch has one stance towards compiled code for all threads: the first context sets it, the last sets it back."""
+    """torch's stance towards compiled code, which all threads share: the first context sets it, the last restores it."""
 
     def __init__(self) -> None:
         self._lock, self._open, self._restore = Lock(), 0, ExitStack()
 
     @contextmanager
     def eager(self) -> Iterator[None]:
+        """Run compiled models uncompiled."""
         with self._lock:
             if self._open == 0:
                 self._restore.enter_context(torch.compiler.set_stance("force_eager"))
@@ -218,7 +238,7 @@ _stance = _Stance()
 
 
 def eagerly() -> AbstractContextManager[None]:
-    """Within the context compiled code is passed over: torch.compile neither sees hooks come nor sees them go."""
+    """Run compiled models uncompiled: torch.compile does not notice when hooks are added or removed."""
     return _stance.eager()
 
 
@@ -238,15 +258,15 @@ def ablated(
     """Directional ablation (paper, eq. 5): no write into the residual stream has a component along `direction`.
 
     Projects the embedding output and every attention and MLP write, in every layer and at every position. Contexts may be
-    nested, if they end as `with` blocks do: then there is no component along any of their directions, and what `steered`
-    adds along them is taken off, too. Within them compiled code is not used.
+    nested, as `with` blocks are: then the stream has no component along any of their directions, even if `steered` adds
+    one. Compiled models run uncompiled.
 
     Args:
         model: any transformers decoder with its head, also a vision-language model.
         direction: need not be normalised; (row, d_model) gives each row of the batch its own. Zero changes nothing.
 
-    Raises UnsupportedModelError where the model's residual writes cannot be found, ValueError where `direction` is not of the
-    model's width or not finite, TypeError where it is no tensor.
+    Raises UnsupportedModelError if the model's residual writes cannot be found, ValueError if `direction` has another width
+    than the model or is not finite, TypeError if it is not a tensor.
 
         with ablated(model, direction):
             model.generate(**inputs)
@@ -268,16 +288,19 @@ def steered(
 ) -> Iterator[PreTrainedModel]:
     """Activation addition (paper, eq. 4): `coefficient * direction` is added to the input of `layer`, at every position.
 
-    `direction` is used as it is, not normalised; (row, d_model) gives each row of the batch its own.
+    Args:
+        model: any transformers decoder with its head, also a vision-language model.
+        direction: used without normalising; (row, d_model) gives each row of the batch its own.
+        layer: index of the decoder layer.
+        coefficient: factor of the direction.
 
-    Raises UnsupportedModelError where the decoder layers cannot be found, IndexError where the model has no such layer,
-    ValueError where the coefficient is not finite, and otherwise as `ablated`.
+    Raises IndexError if the model has no such layer, ValueError if the coefficient is not finite, and the errors of `ablated`.
     """
     if not math.isfinite(coefficient):
         raise ValueError(f"The coefficient of a direction must be a finite number, not {coefficient}.")
     with eagerly():
         stream = residual_stream(model)
         if not 0 <= layer < len(stream.layers):
-            raise IndexError(f"There is no layer {layer}: the model has layers 0 to {len(stream.layers) - 1}.")
+            raise IndexError(f"There is no layer {layer}. Give one from 0 to {len(stream.layers) - 1}.")
         with stream.steered(coefficient * _checked(direction, stream.skeleton.d_model), layer):
             yield model

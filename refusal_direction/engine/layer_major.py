@@ -1,6 +1,6 @@
-"""The layer-major engine: one pass over the weights, whatever the number of rows.
+"""Layer-major runner: one pass over the weights, for any number of rows.
 
-For each layer, for each microbatch of rows, run the layer. A model that is larger than memory is then read once a pass.
+For each layer, for each microbatch of rows, run the layer. A model that is larger than memory is thus read once a pass.
 Rows of one length share a microbatch, so nothing is padded; steered rows branch off a baseline row at their own layer; only
 the last position reaches the final norm and the head. See docs/architecture.md.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,40 +20,26 @@ from refusal_direction.directions import ablate, residual_component
 from refusal_direction.engine.arguments import batch_axes, concatenate, take_rows
 from refusal_direction.engine.budget import Budget, halving, must_fit
 from refusal_direction.engine.interventions import ResidualStream
+from refusal_direction.engine.protocol import Consume, Observe, Tick, silent
 from refusal_direction.engine.residency import resident
 from refusal_direction.engine.rows import Intervention, LengthGroup, Row, Tables, lay_out
 from refusal_direction.engine.shortcuts.prefix import find_prefix
-from refusal_direction.engine.shortcuts.products import BlockedWeights
 from refusal_direction.engine.shortcuts.token_wise import last_token, token_wise_child
 from refusal_direction.engine.skeleton import LayerCall, Prelude, hidden_states_of, replaced_forwards, shape_of
 from refusal_direction.errors import UnsupportedModelError
 
-if TYPE_CHECKING:
-    from jaxtyping import Float
+__all__ = ["LayerMajor"]
 
-__all__ = ["Consume", "LayerMajor", "Observe", "Tick", "silent"]
-
-Consume = Callable[[list[Row], "Float[Tensor, 'row vocab']"], None]
-"""Called with rows that have come through, and their logits at the last position."""
-Observe = Callable[[int, list[Row], "Float[Tensor, 'row token d_model']"], None]
-"""Called with a layer's index and rows, and the residual stream at the input of that layer."""
-Tick = Callable[[int], object]
-"""Called with the number of (row, layer) pairs just done."""
-
-
-def silent(done: int) -> None:
-    """The `Tick` that shows nothing."""
+_PREFIX = -1
+"""Stands for the shared prefix in the place of a prompt's index."""
 
 
 @dataclass(frozen=True)
-class _Group:
-    """Prompts of equal length, embedded together."""
+class _PromptGroup:
+    """Prompts of one shape, embedded together."""
 
     prompts: list[int]
     prelude: Prelude
-
-
-_LEAD = -1  # stands for the prompts' common prefix where a prompt's index is asked for
 
 
 class LayerMajor:
@@ -61,18 +47,18 @@ class LayerMajor:
 
     Args:
         stream: the model's residual stream.
-        prompts: the model's inputs for each prompt, a batch of one each: input_ids (1, token), attention_mask, ...
-        budget: how many rows may go through a layer at once, and how much memory hidden states may take.
-        observed_tokens: observers look at so many of a prompt's last tokens; None: at all of them.
-        together: whether prompts can be embedded together (`Skeleton.keeps_apart`).
+        prompts: the model's inputs for each prompt, each a batch of one: input_ids (1, token), attention_mask, ...
+        budget: limits on the rows that go through a layer at once, and on the memory of hidden states.
+        observed_tokens: number of last tokens of a prompt that observers read; None: all of them.
+        batched: whether prompts can be embedded in one batch (`Skeleton.embeds_independently`).
 
-    Raises UnsupportedModelError where layers share mutable state or hold arguments that cannot be followed; the caller
+    Raises UnsupportedModelError if layers share mutable state or take arguments that cannot be followed; the caller
     then falls back to hooked forwards.
     """
 
     name = "layer-major"
     branches = True
-    """Whether steered rows start at their own layer."""
+    """Whether steered rows start at their own layer instead of at layer 0."""
 
     def __init__(
         self,
@@ -81,12 +67,12 @@ class LayerMajor:
         budget: Budget,
         *,
         observed_tokens: int | None = None,
-        together: bool = True,
+        batched: bool = True,
     ) -> None:
-        self.stream, self.skeleton, self.budget, self._together = stream, stream.skeleton, budget, together
+        self.stream, self.skeleton, self.budget, self._batched = stream, stream.skeleton, budget, batched
         self.prompts = prompts
         self.leak = 0.0
-        """Largest `share_along` at a layer's output in ablated rows."""
+        """Largest `residual_component` of an ablated row at a layer's output so far."""
         by_shape: dict[Any, list[int]] = {}
         for index, inputs in enumerate(prompts):
             by_shape.setdefault(shape_of(inputs), []).append(index)
@@ -97,59 +83,57 @@ class LayerMajor:
             self._axes = self._learn_axes(max(range(len(prompts)), key=self._length))
             self._groups = [self._embed(members) for members in by_shape.values()]
             if self._prefix is not None:
-                self._groups.append(_Group([_LEAD], self.skeleton.prelude(self._prefix.lead())))
+                self._groups.append(_PromptGroup([_PREFIX], self.skeleton.prelude(self._prefix.inputs())))
         budget.reserve(sum(group.prelude.nbytes for group in self._groups))
         self._token_wise: nn.Module | None = None
-        self._looked = False  # for what is token-wise in the last layer
+        self._looked = False  # for a token-wise child in the last layer
         self._places = {
             prompt: (number, place)
             for number, group in enumerate(self._groups)
             for place, prompt in enumerate(group.prompts)
         }
-        """Each prompt's group, and its place there."""
+        """For each prompt, the index of its group and its place there."""
 
     @property
     def shared(self) -> int:
-        """How many tokens all prompts begin with that are run apart."""
+        """Number of leading tokens that are run once for each intervention, for all prompts together."""
         return 0 if self._prefix is None else self._prefix.ids.shape[1]
-
-    def _tokens_of(self, length_group: LengthGroup) -> int:
-        """How many tokens a row of it has."""
-        return self._groups[length_group.group].prelude.hidden.shape[1]
 
     def _length(self, prompt: int) -> int:
         return self.prompts[prompt]["input_ids"].shape[-1]
 
     def _stack(self, prompts: Sequence[int]) -> dict[str, Any]:
-        chosen = [self.prompts[prompt] for prompt in prompts]
-        stacked = {name: torch.cat([inputs[name] for inputs in chosen]) for name in chosen[0]}
-        return stacked if self._prefix is None else self._prefix.rest(stacked)
+        selected = [self.prompts[prompt] for prompt in prompts]
+        stacked = {name: torch.cat([inputs[name] for inputs in selected]) for name in selected[0]}
+        return stacked if self._prefix is None else self._prefix.remainder(stacked)
 
     def _learn_axes(self, longest: int) -> list[Any]:
+        """Batch axes of each layer's arguments."""
         two, three = (self.skeleton.prelude(self._stack([longest] * count)) for count in (2, 3))
         if any(call.shares_state for call in two.calls):
-            raise UnsupportedModelError("Its layers hand state on to each other besides the residual stream.")
+            raise UnsupportedModelError("Its layers pass state to each other besides the residual stream.")
         return [
             batch_axes((a.args, a.kwargs, a.change), (b.args, b.kwargs, b.change))
             for a, b in zip(two.calls, three.calls, strict=True)
         ]
 
-    def _embed(self, members: list[int]) -> _Group:
-        parts: list[Prelude] = []
+    def _embed(self, members: list[int]) -> _PromptGroup:
+        preludes: list[Prelude] = []
 
-        def through(some: slice) -> None:
-            parts.append(self.skeleton.prelude(self._stack(members[some])))
+        def embed(some: slice) -> None:
+            preludes.append(self.skeleton.prelude(self._stack(members[some])))
 
-        def at_once() -> int:
-            return self.budget.rows(self._length(members[0])) if self._together else 1
+        def limit() -> int:
+            return self.budget.rows(self._length(members[0])) if self._batched else 1
 
-        halving(through, len(members), self.budget, limit=at_once)
+        halving(embed, len(members), self.budget, limit=limit)
         joined: dict[int, Tensor] = {}
         calls = []
         for index, axes in enumerate(self._axes):
-            of_parts = [(part.calls[index].args, part.calls[index].kwargs, part.calls[index].change) for part in parts]
-            calls.append(LayerCall(*concatenate(of_parts, axes, joined)))
-        return _Group(members, Prelude(torch.cat([part.hidden for part in parts]), tuple(calls)))
+            same_layer = [prelude.calls[index] for prelude in preludes]
+            arguments = [(call.args, call.kwargs, call.change) for call in same_layer]
+            calls.append(LayerCall(*concatenate(arguments, axes, joined)))
+        return _PromptGroup(members, Prelude(torch.cat([prelude.hidden for prelude in preludes]), tuple(calls)))
 
     @torch.no_grad()
     def run(
@@ -162,25 +146,21 @@ class LayerMajor:
         tick: Tick = silent,
         reference_prompt: int | None = None,
     ) -> Tensor | None:
-        """Run rows through the whole model, in as few passes over the weights as memory allows.
+        """Run rows through the whole model (`Runner.run`), in as few passes over the weights as memory allows.
 
         Args:
-            rows: what to run.
-            consume: receives the logits of each row once, a few rows at a time, in no particular order.
-            candidates: the directions that ablated and steered rows refer to.
-            observe: receives the residual stream of the baseline rows at the input of every layer.
-            tick: receives progress.
-            witness: a prompt that the model's own forward runs alongside the first pass, layer by layer, so that it
-                costs no further read of the weights.
+            reference_prompt: index of a prompt that the model's own forward runs beside the first pass, layer by layer,
+                so that no further read of the weights is needed.
 
-        Returns the witness's logits (vocab,) by the model's own forward, if there is one.
+        Returns the reference prompt's logits (vocab,) by the model's own forward; None without a reference prompt.
         """
         tables = Tables.of(candidates, self._groups[0].prelude.hidden)
         reference_logits = None
-        for some in self.parts(rows):
+        for some in self.passes(rows):
             length_groups = list(lay_out(some, self._places, candidates, tables=tables))
-            step = self._step(length_groups, self._lead(some, length_groups, candidates, tables), observe, tick)
-            with self.skeleton.held:  # layers kept in memory for the probes are released after the first pass
+            prefix_group = self._prefix_group(some, length_groups, candidates, tables)
+            step = self._step(length_groups, prefix_group, observe, tick)
+            with self.skeleton.held:  # layers kept in memory since the probes are released after the first pass
                 if reference_prompt is not None and reference_logits is None:
                     reference_logits = self._alongside(reference_prompt, step)
                 else:
@@ -190,44 +170,44 @@ class LayerMajor:
             self._finish(length_groups, consume)
         return reference_logits
 
-    def parts(self, rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
-        """The rows as they go through together: each part is a pass over the weights of its own."""
+    def passes(self, rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+        """The rows of each pass over the weights, in order."""
         yield from self.budget.chunks(rows, self.row_bytes(rows))
 
     def row_bytes(self, rows: Sequence[Row]) -> list[int]:
-        """What each row holds while it is under way; the first of an intervention also its lead, with keys and values."""
+        """Memory that each row holds while it is under way; the first row of an intervention includes its prefix row."""
         sizes = {prompt: self._groups[group].prelude.hidden[0].nbytes for prompt, (group, _) in self._places.items()}
-        lead = 3 * sizes.get(_LEAD, 0)
-        before = [None, *((row.kind, row.candidate) for row in rows)]
+        prefix_row = 3 * sizes.get(_PREFIX, 0)  # hidden states, keys and values
+        before = [None, *((row.intervention, row.candidate) for row in rows)]
         return [
-            sizes[row.prompt] + (lead if (row.kind, row.candidate) != last else 0)
+            sizes[row.prompt] + (prefix_row if (row.intervention, row.candidate) != last else 0)
             for row, last in zip(rows, before, strict=False)
         ]
 
-    def _lead(
+    def _prefix_group(
         self, rows: Sequence[Row], length_groups: list[LengthGroup], candidates: Candidates | None, tables: Tables
     ) -> LengthGroup | None:
-        """The lane of the common prefix, one row an intervention; the other lanes learn which of them is theirs."""
+        """Lay out the shared prefix, one row an intervention, and give every other row the index of its prefix row."""
         if self._prefix is None:
             return None
-        apart = dict.fromkeys(replace(row, prompt=_LEAD) for row in rows)
-        (length_group,) = lay_out(list(apart), self._places, candidates, tables=tables)
-        place = {row: index for index, row in enumerate(length_group.rows)}
-        branch_point = 0  # where steered rows branch off without a baseline row that is asked for, it stands first
+        distinct = dict.fromkeys(replace(row, prompt=_PREFIX) for row in rows)
+        (prefix_group,) = lay_out(list(distinct), self._places, candidates, tables=tables)
+        place = {row: index for index, row in enumerate(prefix_group.rows)}
+        baseline = 0  # a baseline row that was not asked for comes first, too
         for other in length_groups:
-            own = (None if row is None else place[replace(row, prompt=_LEAD)] for row in other.rows)
-            other.leads = torch.tensor([branch_point if index is None else index for index in own])
-        return length_group
+            own = (None if row is None else place[replace(row, prompt=_PREFIX)] for row in other.rows)
+            other.prefix_rows = torch.tensor([baseline if index is None else index for index in own])
+        return prefix_group
 
     def _alongside(self, prompt: int, step: Callable[[int], None]) -> Tensor:
-        """Let the model's own forward of one prompt drive a pass: each layer, once in memory, serves both."""
+        """Let the model's own forward of one prompt drive a pass, so that both use each layer while it is in memory."""
         layers = self.stream.layers
         nested = False
 
         def driving(index: int, own: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 nonlocal nested
-                if nested:  # `step` calling the layer
+                if nested:  # `step` calls the layer
                     return own(*args, **kwargs)
                 with resident(layers[index]):
                     output = own(*args, **kwargs)
@@ -244,22 +224,21 @@ class LayerMajor:
             return self.skeleton.forward(**self.prompts[prompt]).logits[0, -1]
 
     def _step(
-        self, length_groups: list[LengthGroup], lead: LengthGroup | None, observe: Observe | None, tick: Tick
+        self, length_groups: list[LengthGroup], prefix_group: LengthGroup | None, observe: Observe | None, tick: Tick
     ) -> Callable[[int], None]:
+        """A function that runs one layer on all rows that are under way there, the shared prefix first."""
+
         def step(index: int) -> None:
-            tokens = sum(length_group.entered(index) * self._tokens_of(length_group) for length_group in length_groups)
-            with BlockedWeights() if self.budget.blocks(tokens) else nullcontext():
-                if lead is not None and self._prefix is not None:
-                    with must_fit():
-                        lead.enter(index, self._groups[lead.group].prelude.hidden, self.budget.rows(self.shared))
-                    self._advance(lead, index, silent)
-                    self._prefix.hand_over()
-                for length_group in length_groups:
-                    self._through_layer(length_group, index, observe, tick)
+            if prefix_group is not None and self._prefix is not None:
+                self._through_layer(prefix_group, index, None, silent)
+                self._prefix.publish()
+            for length_group in length_groups:
+                self._through_layer(length_group, index, observe, tick)
 
         return step
 
     def _through_layer(self, length_group: LengthGroup, index: int, observe: Observe | None, tick: Tick) -> None:
+        """Let rows enter at the layer, show the baseline rows to the observer, and run the layer."""
         prelude = self._groups[length_group.group].prelude
         self._add_change(length_group, index, prelude.calls[index].change)
         with must_fit():
@@ -270,32 +249,34 @@ class LayerMajor:
         self._advance(length_group, index, tick)
 
     def _add_change(self, length_group: LengthGroup, index: int, change: Tensor | None) -> None:
+        """Apply the change that the model makes to the stream before this layer (`LayerCall.change`)."""
         if change is None:
             return
 
-        def through(rows: slice) -> None:
+        def add(rows: slice) -> None:
             changed = length_group.hidden[rows] + change[length_group.places[rows]]
             length_group.hidden[rows] = (
                 ablate(changed, length_group.units(rows)) if length_group.any_ablated else changed
             )
 
         halving(
-            through,
+            add,
             length_group.entered(index - 1),
             self.budget,
             limit=lambda: self.budget.rows(length_group.hidden.shape[1]),
         )
 
     def _advance(self, length_group: LengthGroup, index: int, tick: Tick) -> None:
+        """Run the layer on the rows that are under way, a microbatch at a time."""
         layer, group = self.stream.layers[index], self._groups[length_group.group]
         call, axes = group.prelude.calls[index], self._axes[index]
 
-        def through(rows: slice) -> None:
+        def run_layer(rows: slice) -> None:
             args, kwargs, _ = take_rows(
                 (call.args, call.kwargs, None), axes, length_group.places[rows], prompts=len(group.prompts)
             )
             if self._prefix is not None:
-                self._prefix.serve(length_group.leads, rows)
+                self._prefix.select(length_group.prefix_rows, rows)
             with (
                 self._intervention(length_group, index, rows),
                 self._shortcut(index, length_group, LayerCall(args, kwargs), rows),
@@ -306,12 +287,12 @@ class LayerMajor:
 
         entered = length_group.entered(index)
         if entered:
-            halving(through, entered, self.budget, limit=lambda: self.budget.rows(length_group.hidden.shape[1]))
+            halving(run_layer, entered, self.budget, limit=lambda: self.budget.rows(length_group.hidden.shape[1]))
             self._watch_for_leaks(length_group, entered)
 
     @contextmanager
     def _shortcut(self, index: int, length_group: LengthGroup, call: LayerCall, rows: slice) -> Iterator[None]:
-        """In the last layer the MLP sees the last token alone, where that is found to change nothing."""
+        """Give the last layer's MLP the last token alone, if a trial shows that this changes nothing."""
         if index < len(self.stream.layers) - 1:
             yield
             return
@@ -327,11 +308,11 @@ class LayerMajor:
         return self.stream.ablating(index, length_group.units(rows)) if length_group.any_ablated else nullcontext()
 
     def _watch_for_leaks(self, length_group: LengthGroup, entered: int) -> None:
-        """Check on a few ablated rows that nothing along u has come back into the stream."""
+        """Measure on a few ablated rows whether the stream has regained a component along u."""
         ablated = [
             index
             for index, row in enumerate(length_group.rows[:entered])
-            if row is not None and row.kind is Intervention.ABLATION
+            if row is not None and row.intervention is Intervention.ABLATION
         ]
         some = ablated[:: max(1, len(ablated) // 4)]
         if some:
@@ -339,7 +320,7 @@ class LayerMajor:
             self.leak = max(self.leak, residual_component(length_group.hidden[some], units))
 
     def _finish(self, length_groups: list[LengthGroup], consume: Consume) -> None:
-        """Final norm and head for the last position of every row."""
+        """Run the final norm and the head on the last position of every row."""
         rows = [row for length_group in length_groups for row in length_group.rows if row is not None]
         if not rows:
             return
@@ -349,8 +330,8 @@ class LayerMajor:
         length_groups.clear()
         token = int(self.prompts[rows[0].prompt]["input_ids"][0, -1])
 
-        def through(some: slice) -> None:
+        def run_head(some: slice) -> None:
             consume(rows[some], self.skeleton.tail(last[some], token))
 
         with resident(*self.skeleton.outer, recurse=False):
-            halving(through, len(rows), self.budget, limit=self.budget.logit_rows)
+            halving(run_head, len(rows), self.budget, limit=self.budget.logit_rows)

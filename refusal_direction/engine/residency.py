@@ -1,13 +1,12 @@
 """Keeping the weights of offloaded modules in memory while they are used (accelerate's disk and CPU offload).
 
-accelerate reloads a leaf module's weights at every call. Within `resident(module)` they are loaded once, and a thread brings
-the next layer's files into the system's file cache meanwhile, so that its weights need not wait for the disk. What is read
-ahead is thrown away: weights are always loaded the same way, so a late thread costs time but cannot change a result.
+accelerate reloads a leaf module's weights at every call. Within `resident(module)` they are loaded once. Meanwhile a thread
+reads the next layer's tensors, so that its weights are in the system's file cache when they are needed. Its copies are
+thrown away: weights are always loaded the same way, so a slow or failing thread costs time but cannot change a result.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,8 @@ from pathlib import Path
 
 from accelerate.hooks import AlignDevicesHook
 from accelerate.utils.offload import OffloadedWeightsLoader, PrefixedDataset
-from torch import nn
+from safetensors import safe_open
+from torch import Tensor, nn
 
 from refusal_direction.models.placement import offload_hooks
 
@@ -24,7 +24,7 @@ __all__ = ["outside", "resident"]
 
 
 def outside(model: nn.Module, layers: nn.ModuleList) -> Iterator[nn.Module]:
-    """The model's modules that are in none of the layers: embeddings, final norm, head."""
+    """The model's modules outside of its layers: embeddings, final norm, head."""
     inside = {id(module) for module in layers.modules()}
     return (module for module in model.modules() if id(module) not in inside)
 
@@ -47,13 +47,12 @@ def resident(*modules: nn.Module, recurse: bool = True) -> Iterator[None]:
 
 
 _reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
-_BLOCK = 8 << 20
-_Stretch = tuple[Path, int, int]
-"""A file, and where in it a tensor begins and ends."""
+_BLOCK_BYTES = 8 << 20
+_BLOCK_ELEMENTS = 1 << 15  # torch copies as many on one thread, and leaves the others to the layer at work
 
 
 def _read_next_ahead(held: list[tuple[nn.Module, AlignDevicesHook]]) -> None:
-    """Read what is on disk of the layer that follows these modules, on a thread. Modules outside of a layer have none."""
+    """Have the thread read the layer after the one to which these modules belong, if they belong to one."""
     for _, hook in held:
         weights = hook.weights_map
         place = re.match(r"(\D+\.)(\d+)\.", weights.prefix) if isinstance(weights, PrefixedDataset) else None
@@ -63,30 +62,25 @@ def _read_next_ahead(held: list[tuple[nn.Module, AlignDevicesHook]]) -> None:
 
 
 def _read(weights: OffloadedWeightsLoader, prefix: str) -> None:
-    """Runs on the thread: what cannot be read is missed, and explained, where it is needed."""
-    block = bytearray(_BLOCK)
-    for path, begin, end in sorted(_stretches(weights, prefix)):
-        with path.open("rb", buffering=0) as file:
-            file.seek(begin)
-            while begin < end and (count := file.readinto(memoryview(block)[: end - begin])):
-                begin += count
+    """Read the tensors on disk whose names begin with `prefix`, and throw them away.
+
+    Runs on the thread, where errors are ignored: they are raised and explained when the weights are loaded.
+    """
+    for name in weights.index:
+        if name.startswith(prefix):
+            for _ in _blocks(weights, name):
+                pass
 
 
-def _stretches(weights: OffloadedWeightsLoader, prefix: str) -> Iterator[_Stretch]:
-    """Where the tensors lie that are on disk and whose names begin with `prefix`: in files of their own, or in the model's."""
-    shared: dict[Path, list[str]] = {}
-    for key, info in weights.index.items():
-        if not key.startswith(prefix):
-            continue
-        if info.get("safetensors_file") is None:
-            path = Path(weights.save_folder, f"{key}.dat")
-            yield path, 0, path.stat().st_size
-        else:
-            shared.setdefault(Path(info["safetensors_file"]), []).append(info.get("weight_name", key))
-    for path, names in shared.items():
-        with path.open("rb") as file:  # eight bytes, then so many with the places of all tensors, counted from there
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-        for name in names:
-            begin, end = header[name]["data_offsets"]
-            yield path, 8 + length + begin, 8 + length + end
+def _blocks(weights: OffloadedWeightsLoader, name: str) -> Iterator[Tensor | bytes]:
+    """Read one tensor block by block: from the model's own safetensors file, or from a file that accelerate wrote."""
+    entry = weights.index[name]
+    if entry.get("safetensors_file") is None:
+        with Path(weights.save_folder, f"{name}.dat").open("rb", buffering=0) as file:
+            while block := file.read(_BLOCK_BYTES):
+                yield block
+        return
+    with safe_open(entry["safetensors_file"], framework="pt") as file:
+        mapped = file.get_tensor(entry.get("weight_name", name))
+    for part in mapped.flatten().split(_BLOCK_ELEMENTS):
+        yield part.clone()  # the file is mapped into memory, and read when it is copied

@@ -1,8 +1,8 @@
-"""The rows that go through the layers, and how they are laid out in memory.
+"""Rows that go through the layers, and their layout in memory.
 
-A row is one prompt under one intervention. Rows of equal length share a lane: one tensor of hidden states whose rows are
-sorted by the layer at which they enter, so that the rows under way at any layer are a prefix, and microbatches are slices.
-Nothing is padded, nothing is copied between layers.
+A row is one prompt under one intervention. Rows of equal length form a length group: one tensor of hidden states, sorted by
+the layer at which rows enter. The rows under way at a layer are then the first ones, and microbatches are slices. No row is
+padded, and none is copied between layers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["Intervention", "LengthGroup", "Row", "Tables", "lay_out"]
 
 
 class Intervention(Enum):
-    """What is done to a row: nothing, directional ablation, or activation addition (steering)."""
+    """Intervention on a row: none, directional ablation, or activation addition (steering)."""
 
     BASELINE = "baseline"
     ABLATION = "ablation"
@@ -38,20 +38,22 @@ class Row:
     """One prompt (its index) under one intervention by one candidate (its index; -1 for the baseline)."""
 
     prompt: int
-    kind: Intervention = Intervention.BASELINE
+    intervention: Intervention = Intervention.BASELINE
     candidate: int = -1
 
 
 @dataclass(frozen=True)
 class Tables:
-    """The candidates' directions in the dtype and on the device of the stream, with a last row of zeros: "none"."""
+    """The candidates' directions in the stream's dtype and on its device; an extra last row of zeros stands for none."""
 
     added: Float[Tensor, "candidate+1 d_model"]
+    """r, not normalised."""
     units: Float[Tensor, "candidate+1 d_model"]
+    """u, of unit length."""
 
     @classmethod
     def of(cls, candidates: Candidates | None, like: Tensor) -> Tables:
-        """r to add and u to ablate; of no candidates, the zeros alone."""
+        """Tables of the candidates; without candidates, the row of zeros alone."""
         if candidates is None:
             nothing = like.new_zeros(1, like.shape[-1])
             return cls(nothing, nothing)
@@ -64,48 +66,54 @@ class Tables:
 
 @dataclass
 class LengthGroup:
-    """Rows of equal length, on their way through the layers."""
+    """Rows of equal length on their way through the layers."""
 
     group: int
+    """Index of the prompt group to which the rows' prompts belong."""
     rows: list[Row | None]
-    """None: a baseline that is only there for steered rows to branch off."""
+    """None: a baseline row that was not asked for, and only serves steered rows as their branch point."""
     places: Int[Tensor, "row"]
-    """Each row's prompt, as an index into its group."""
+    """Each row's prompt, as an index into the prompt group."""
     starts: list[int]
     """The layer at which each row enters, ascending."""
     parents: list[int]
-    """The baseline row that a row branches off if it starts above layer 0."""
+    """Each row's branch point: the baseline row whose stream it copies if it enters above layer 0."""
     added: Int[Tensor, "row"]
-    """Which candidate is added where the row starts; the tables' last: none."""
+    """Index into `tables` of the candidate that is added where the row enters."""
     ablated: Int[Tensor, "row"]
-    """Which candidate is ablated, likewise."""
+    """Index into `tables` of the candidate that is ablated."""
     tables: Tables
-    leads: Int[Tensor, "row"] | None = None
-    """Each row's row in the lane of the common prefix, if there is one."""
+    prefix_rows: Int[Tensor, "row"] | None = None
+    """Each row's row in the length group of the shared prefix, if prompts share one."""
     hidden: Float[Tensor, "row token d_model"] = field(default_factory=lambda: torch.empty(0))
 
     @property
     def n_baseline(self) -> int:
-        """Rows that are run as they are and asked for; they stand first."""
-        return sum(row is not None and row.kind is Intervention.BASELINE for row in self.rows)
+        """Number of baseline rows that were asked for; they come first."""
+        return sum(row is not None and row.intervention is Intervention.BASELINE for row in self.rows)
 
     @property
     def any_ablated(self) -> bool:
-        return any(row is not None and row.kind is Intervention.ABLATION for row in self.rows)
+        """Whether any row is ablated."""
+        return any(row is not None and row.intervention is Intervention.ABLATION for row in self.rows)
 
     def entered(self, layer: int) -> int:
-        """How many rows are under way once those that start at `layer` have entered."""
+        """Number of rows under way at `layer`, including those that enter there."""
         return bisect_right(self.starts, layer)
 
     def units(self, rows: slice) -> Float[Tensor, "row d_model"]:
-        """Each row's u; zero where nothing is ablated."""
+        """Each row's u; zero for rows that are not ablated."""
         return self.tables.units[self.ablated[rows]]
 
     def enter(self, layer: int, embedded: Float[Tensor, "prompt token d_model"], at_once: int) -> None:
-        """Let the rows that start at `layer` enter: from the embedding at layer 0, above it from their baseline row.
+        """Fill in the rows that enter at `layer`: from the embedding at layer 0, above it from their branch point.
 
-        An added direction is added at every position; ablated rows lose what their embedding has along u. So many rows
-        are copied `at_once`.
+        A direction that is added is added at every position; ablated rows lose the embedding's component along u.
+
+        Args:
+            layer: index of the layer.
+            embedded: the embedded prompts of the prompt group.
+            at_once: number of rows to copy at a time.
         """
         if layer == 0:
             self.hidden = embedded.new_empty(len(self.rows), *embedded.shape[1:])
@@ -119,35 +127,43 @@ class LengthGroup:
 def lay_out(
     rows: Sequence[Row], placed: Mapping[int, tuple[int, int]], candidates: Candidates | None, *, tables: Tables
 ) -> Iterator[LengthGroup]:
-    """Sort rows into lanes. `placed[prompt]` is the prompt's group (prompts of equal length) and its place there."""
+    """Sort rows into length groups.
+
+    Args:
+        rows: rows to sort.
+        placed: for each prompt, the index of its prompt group and its place there.
+        candidates: the directions that rows refer to by index.
+        tables: the same directions, in the stream's dtype.
+    """
     by_group: dict[int, list[Row]] = {}
     for row in rows:
         by_group.setdefault(placed[row.prompt][0], []).append(row)
     layers = () if candidates is None else candidates.layers
     for group, members in by_group.items():
-        yield _lane(group, members, {row.prompt: placed[row.prompt][1] for row in members}, layers, tables)
+        yield _length_group(group, members, {row.prompt: placed[row.prompt][1] for row in members}, layers, tables)
 
 
-def _lane(
+def _length_group(
     group: int, members: list[Row], places: dict[int, int], layers: tuple[int, ...], tables: Tables
 ) -> LengthGroup:
-    baseline = [row for row in members if row.kind is Intervention.BASELINE]
-    ablated = [row for row in members if row.kind is Intervention.ABLATION]
+    """Order: baseline rows, baseline rows added as branch points, ablated rows, steered rows by layer."""
+    baseline = [row for row in members if row.intervention is Intervention.BASELINE]
+    ablated = [row for row in members if row.intervention is Intervention.ABLATION]
     steered = sorted(
-        (row for row in members if row.kind is Intervention.STEERING), key=lambda row: layers[row.candidate]
+        (row for row in members if row.intervention is Intervention.STEERING), key=lambda row: layers[row.candidate]
     )
-    there = dict.fromkeys(row.prompt for row in baseline)
-    missing = [prompt for prompt in dict.fromkeys(row.prompt for row in steered) if prompt not in there]
-    branch_point = {prompt: index for index, prompt in enumerate([*there, *missing])}  # what steered rows branch off
-    prompts = [*branch_point, *(row.prompt for row in (*ablated, *steered))]
-    none, n_trunk = len(tables.units) - 1, len(branch_point)
+    present = dict.fromkeys(row.prompt for row in baseline)
+    missing = [prompt for prompt in dict.fromkeys(row.prompt for row in steered) if prompt not in present]
+    branch_points = {prompt: index for index, prompt in enumerate([*present, *missing])}
+    prompts = [*branch_points, *(row.prompt for row in (*ablated, *steered))]
+    none, n_branch_points = len(tables.units) - 1, len(branch_points)
     return LengthGroup(
         group=group,
         rows=[*baseline, *(None for _ in missing), *ablated, *steered],
         places=torch.tensor([places[prompt] for prompt in prompts]),
-        starts=[0] * (n_trunk + len(ablated)) + [layers[row.candidate] for row in steered],
-        parents=[branch_point.get(prompt, -1) for prompt in prompts],
-        added=torch.tensor([none] * (n_trunk + len(ablated)) + [row.candidate for row in steered]),
-        ablated=torch.tensor([none] * n_trunk + [row.candidate for row in ablated] + [none] * len(steered)),
+        starts=[0] * (n_branch_points + len(ablated)) + [layers[row.candidate] for row in steered],
+        parents=[branch_points.get(prompt, -1) for prompt in prompts],
+        added=torch.tensor([none] * (n_branch_points + len(ablated)) + [row.candidate for row in steered]),
+        ablated=torch.tensor([none] * n_branch_points + [row.candidate for row in ablated] + [none] * len(steered)),
         tables=tables,
     )

@@ -1,9 +1,9 @@
-"""A model with its decoder layers taken out: what happens before, between and after them.
+"""A model without its decoder layers: the computation before, between and after them.
 
 No family is named here. The prelude runs the model's own forward with every layer replaced by a recorder, so that masks,
-rotary embeddings and whatever else a family hands to its layers are made by the family's own code. The tail runs it once
-more on one token a row, with the last layer replaced by one that returns the final hidden states, so that the model's own
-final norm, head, scaling and soft-capping make the logits.
+rotary embeddings and all other arguments of the layers are computed by the family's own code. The tail runs it again on one
+token a row, with the last layer replaced by one that returns the final hidden states, so that the model's own final norm,
+head, scaling and soft-capping compute the logits.
 """
 
 from __future__ import annotations
@@ -33,24 +33,22 @@ __all__ = ["LayerCall", "Prelude", "Skeleton", "hidden_states_of", "replaced_for
 
 @dataclass(frozen=True)
 class LayerCall:
-    """What one layer is called with besides the hidden states.
-
-    `change` is what the model adds to the stream between the previous layer and this one (row, token, d_model), as
-    Qwen3-VL does with visual features; None where the layers follow each other directly.
-    """
+    """Arguments of one layer besides the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    change: Tensor | None = None
+    change: Float[Tensor, "row token d_model"] | None = None
+    """Added to the stream by the model between the previous layer and this one, as Qwen3-VL does with visual features; None
+    if the layers follow each other directly."""
 
     @property
     def shares_state(self) -> bool:
-        """Whether a mapping, still empty, is handed on from layer to layer."""
+        """Whether a mapping, empty at first, is passed from layer to layer."""
         return any(isinstance(value, MutableMapping) and not value for value in self.kwargs.values())
 
     @torch.no_grad()
     def __call__(self, layer: Callable[..., Any], hidden: Tensor, *, private: bool = True) -> Tensor:
-        """Run a layer on hidden states; unless `private`, what it leaves in shared mappings stays there."""
+        """Run a layer on hidden states (row, token, d_model); if `private`, undo its writes to shared mappings."""
         return hidden_states_of(self.output(layer, hidden, private=private))
 
     def in_float32(self) -> LayerCall:
@@ -61,7 +59,7 @@ class LayerCall:
         return LayerCall(*widened)
 
     def output(self, layer: Callable[..., Any], hidden: Tensor, *, private: bool = True) -> Any:
-        """The layer's whole output, a tensor or a tuple."""
+        """Run a layer as `__call__` does, and return its whole output, a tensor or a tuple."""
         kwargs = self.kwargs
         if private:
             kwargs = {k: copy.copy(v) if isinstance(v, MutableMapping) else v for k, v in kwargs.items()}
@@ -70,14 +68,14 @@ class LayerCall:
 
 @dataclass(frozen=True)
 class Prelude:
-    """The embedded prompts (row, token, d_model), and how each layer is called."""
+    """The embedded prompts, and the arguments of each layer."""
 
-    hidden: Tensor
+    hidden: Float[Tensor, "prompt token d_model"]
     calls: tuple[LayerCall, ...]
 
     @property
     def nbytes(self) -> int:
-        """Memory of all its tensors; layers share many of them."""
+        """Memory of all its tensors, each counted once: layers share many of them."""
         held = {id(self.hidden): self.hidden.nbytes}
         map_tensors(
             lambda tensor: held.update({id(tensor): tensor.nbytes}),
@@ -86,9 +84,8 @@ class Prelude:
         return sum(held.values())
 
 
-_BROKEN = (AttributeError, IndexError, KeyError, NameError, NotImplementedError, TypeError, ValueError)
-"""What code raises where it is at fault itself, or lacks an input."""
-
+_CODE_ERRORS = (AttributeError, IndexError, KeyError, NameError, NotImplementedError, TypeError, ValueError)
+"""Errors of code that is wrong, or that lacks an input."""
 
 _LOGITS_ALONE = {
     "output_attentions": False,
@@ -96,25 +93,26 @@ _LOGITS_ALONE = {
     "output_router_logits": False,
     "return_dict": True,
 }
+"""Settings under which a model's only output is its logits."""
 
 
 class _Recorded(Exception):
-    """Ends a prelude once the last layer's call is known: the final norm and the head are not needed."""
+    """Ends a prelude at the last layer, since the final norm and the head are not needed."""
 
 
-def hidden_states_of(output: Any) -> Tensor:
-    """The hidden states in a layer's output, which is a tensor or a tuple that starts with it."""
+def hidden_states_of(output: Any) -> Float[Tensor, "row token d_model"]:
+    """The hidden states in a layer's output, which is a tensor or a tuple that starts with them."""
     return output[0] if isinstance(output, tuple) else output
 
 
 def shape_of(inputs: Mapping[str, Tensor]) -> tuple[torch.Size, ...]:
-    """What prompts must have in common to share a batch."""
+    """Shapes of a prompt's inputs; prompts must agree in them to share a batch."""
     return tuple(tensor.shape for tensor in inputs.values())
 
 
 @contextmanager
 def replaced_forwards(layers: nn.ModuleList, make: Callable[[int, Callable[..., Any]], Any]) -> Iterator[None]:
-    """Within the context layer i's forward is `make(i, its own forward)`; accelerate's own replacement is kept."""
+    """Replace each layer's forward by `make(index, forward)`; restore it at exit, also if accelerate had replaced it."""
     before = [layer.__dict__.get("forward") for layer in layers]
     own = [layer.forward for layer in layers]
     try:
@@ -130,9 +128,9 @@ def replaced_forwards(layers: nn.ModuleList, make: Callable[[int, Callable[..., 
 
 @contextmanager
 def _logits_alone(configs: Sequence[PretrainedConfig]) -> Iterator[None]:
-    """Within the context a model's outputs are its logits, whatever its configuration asks for besides.
+    """Have a model return its logits and nothing else, whatever its configuration asks for.
 
-    Router logits would be looked for where stand-ins run, and hidden states kept of every microbatch.
+    Router logits would be expected of layers that are replaced, and hidden states would be kept for every microbatch.
     """
     others = [
         (config, name, wanted)
@@ -149,68 +147,74 @@ def _logits_alone(configs: Sequence[PretrainedConfig]) -> Iterator[None]:
         for (config, _, _), attributes in zip(others, before, strict=True):
             for added in vars(config).keys() - attributes.keys():
                 delattr(config, added)
-            vars(config).update(attributes)  # setting some of them is checked against others
+            vars(config).update(attributes)  # not by setattr, which validates them against each other
 
 
 def _configs(model: PreTrainedModel) -> list[PretrainedConfig]:
-    """Those of all parts of a model."""
+    """The configurations of a model and its submodels."""
     found = (getattr(module, "config", None) for module in model.modules())
     return list({id(config): config for config in found if isinstance(config, PretrainedConfig)}.values())
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    """Separate a layer's hidden states from its other arguments."""
     if args:
         return args[0], args[1:], kwargs
     return kwargs["hidden_states"], (), {name: value for name, value in kwargs.items() if name != "hidden_states"}
 
 
 class Skeleton:
-    """Prelude and tail of one model. Weights are only read; no hook may be active while its methods run."""
+    """Prelude and tail of one model. Weights are only read. No hook may be active while its methods run.
+
+    Raises UnsupportedModelError for encoder-decoder models, and if no decoder layers are found.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         if getattr(model.config, "is_encoder_decoder", False):
             raise UnsupportedModelError(
-                f"{type(model).__name__} has an encoder. The method is defined for decoders alone."
+                f"{type(model).__name__} has an encoder, but the method is defined for decoders only. Use a decoder."
             )
         self.model, self._configs = model, _configs(model)
         self.layers = find_layers(model)
         self.held = ExitStack()
-        """Keeps the layers that were called for learning in memory, until `held.close()`."""
+        """Keeps in memory the layers that were run for a trial, until `held.close()`."""
         self.d_model = 0
-        """Width of the residual stream, known after the first prelude."""
+        """Width of the residual stream; 0 before the first prelude."""
         self._tuple_length: dict[type[nn.Module], int] = {}  # 0: the class returns a bare tensor
 
     @property
     def outer(self) -> Iterator[nn.Module]:
+        """The modules outside of the layers."""
         return outside(self.model, self.layers)
 
     def forward(self, **inputs: Any) -> Any:
-        """The model's own forward, without a cache, and with no output but the logits."""
+        """Run the model's own forward, without a cache and with the logits as its only output."""
         with _logits_alone(self._configs):
             return self.model(**inputs, use_cache=False)
 
     @contextmanager
     def explained(self, ids: Int[Tensor, "row token"]) -> Iterator[None]:
-        """Where what runs within fails, and so does the model left alone, raise UnsupportedModelError that says so."""
+        """Raise UnsupportedModelError if the context fails and the model's own forward fails, too."""
         try:
             yield
-        except _BROKEN:
+        except _CODE_ERRORS:
             try:
                 with torch.no_grad():
                     self.forward(input_ids=ids, attention_mask=torch.ones_like(ids))
-            except _BROKEN as error:
+            except _CODE_ERRORS as error:
                 raise UnsupportedModelError(
                     f"{type(self.model).__name__} does not run in transformers {transformers.__version__} on text alone: its own "
-                    f"forward ends in {type(error).__name__}: {error}. Another version may run it."
+                    f"forward raises {type(error).__name__}: {error}. Try another version of transformers."
                 ) from error
             raise
 
     def _as_output(self, index: int, hidden: Tensor) -> Any:
+        """Hidden states in the form in which the layer returns them."""
         length = self._tuple_length[type(self.layers[index])]
         return (hidden, *(None,) * (length - 1)) if length else hidden
 
     def _learn_output(self, index: int, forward: Callable[..., Any], hidden: Tensor, call: LayerCall) -> None:
-        """Annotations are often wrong, so one real call shows whether a class of layers returns a tensor or a tuple."""
+        """Call a layer once to find out whether its class returns a tensor or a tuple: annotations are often wrong."""
         layer = self.layers[index]
         if type(layer) not in self._tuple_length:
             self.held.enter_context(resident(layer))
@@ -218,21 +222,22 @@ class Skeleton:
             self._tuple_length[type(layer)] = len(output) if isinstance(output, tuple) else 0
 
     def _check_turn(self, index: int, turn: int) -> None:
-        """Raise UnsupportedModelError unless layer `index` (or the end of all) is what comes next."""
+        """Raise UnsupportedModelError unless layer `index` is the next one (the number of layers stands for the end)."""
         if index == turn:
             return
-        what = f"does not run layer {turn} on text alone" if index > turn else f"runs layer {index} again"
+        fault = f"does not run layer {turn} on text alone" if index > turn else f"runs layer {index} again"
         raise UnsupportedModelError(
-            f"The forward of {type(self.model).__name__} {what}. Candidate directions belong to layers that run once each, one "
-            "after the other, so no direction is computed for this model."
+            f"The forward of {type(self.model).__name__} {fault}. Candidate directions belong to layers that run once each, in "
+            "order, so no direction is computed for this model."
         )
 
     @torch.no_grad()
     def verify(self, prelude: Prelude, ids: Int[Tensor, "row token"]) -> None:
-        """Raise UnsupportedModelError where the stream does more than run once through the layers.
+        """Raise UnsupportedModelError unless there is one residual stream, and it runs through the layers alone.
 
         Args:
-            prelude: of `ids`.
+            prelude: the prelude of `ids`.
+            ids: token ids of the prompts.
         """
         name, shape = type(self.model).__name__, tuple(prelude.hidden.shape)
         if shape[:-1] != ids.shape:
@@ -250,8 +255,8 @@ class Skeleton:
         def refuse(block: nn.Module, args: Any) -> None:
             if begun:
                 raise UnsupportedModelError(
-                    f"In {name} the residual stream also runs through {type(block).__name__}, which is none of its "
-                    f"{len(self.layers)} decoder layers, so no direction is computed for this model."
+                    f"In {name} the residual stream also runs through {type(block).__name__}, which is not one of "
+                    f"its {len(self.layers)} decoder layers, so no direction is computed for this model."
                 )
 
         with ExitStack() as hooks:
@@ -262,10 +267,10 @@ class Skeleton:
 
     @torch.no_grad()
     def prelude(self, inputs: Mapping[str, Tensor]) -> Prelude:
-        """Run the model's own forward on `inputs` (rows of equal length, nothing padded) up to its last layer.
+        """Run the model's own forward on `inputs` (prompts of equal length, not padded) up to its last layer.
 
-        Raises UnsupportedModelError where the sequence changes its length between layers, or where the forward does not run
-        each layer once, in their order.
+        Raises UnsupportedModelError if the sequence changes its length between layers, or if the forward does not run each
+        layer once, in order.
         """
         hidden: list[Tensor] = []
         calls: list[LayerCall] = []
@@ -292,10 +297,10 @@ class Skeleton:
         self.d_model = hidden[0].shape[-1]
         return Prelude(hidden[0], tuple(calls))
 
-    def keeps_apart(self, prompts: Sequence[Mapping[str, Tensor]]) -> bool:
-        """Whether prompts run together reach the layers as they do alone, seen on two of one shape.
+    def embeds_independently(self, prompts: Sequence[Mapping[str, Tensor]]) -> bool:
+        """Whether prompts that are embedded in one batch reach the layers as they do alone, judged by two of one shape.
 
-        A vision tower may let the images of a batch see each other (MiniMax M3 in transformers 5.17).
+        In some vision towers the images of a batch attend to each other (MiniMax M3 in transformers 5.17).
         """
         by_shape: dict[Any, Mapping[str, Tensor]] = {}
         for inputs in prompts:
@@ -310,7 +315,14 @@ class Skeleton:
 
     @torch.no_grad()
     def tail(self, hidden: Float[Tensor, "row d_model"], token: int) -> Float[Tensor, "row vocab"]:
-        """Logits of final hidden states. `token` is any ordinary text token; it is embedded and then discarded."""
+        """Logits of final hidden states.
+
+        Args:
+            hidden: the residual stream after the last layer.
+            token: any ordinary text token; it is embedded and then discarded.
+
+        Raises UnsupportedModelError if the model has no head.
+        """
         rows, last, turn = hidden.shape[0], len(self.layers) - 1, 0
 
         def stand_in(index: int, own: Callable[..., Any]) -> Callable[..., Any]:
@@ -327,6 +339,6 @@ class Skeleton:
             output = self.forward(input_ids=ids, attention_mask=torch.ones_like(ids))
         if getattr(output, "logits", None) is None:
             raise UnsupportedModelError(
-                f"{type(self.model).__name__} gives no logits. Load the model with its head: AutoModelForCausalLM."
+                f"{type(self.model).__name__} returns no logits. Load the model with its head: AutoModelForCausalLM."
             )
         return output.logits[:, -1]

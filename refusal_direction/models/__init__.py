@@ -1,1 +1,1 @@
-"""Models: loading, chat templates, layers and residual writes, refusal tokens. Nothing here knows the engine."""
+"""Models: loading, chat templates, layers and residual writes, refusal tokens; independent of the engine."""

@@ -1,4 +1,4 @@
-"""What can go wrong while a model is fetched and loaded, in words that say what to do."""
+"""Errors of fetching and loading a model, explained with a remedy."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ from refusal_direction.errors import ModelAccessError, OutOfMemoryError
 
 __all__ = ["access_explained", "configuration_explained", "fitting"]
 
-_TRY_DEMO = "To see the tool at work without an account, use --model_id demo."
+_TRY_DEMO = "To try the tool without an account, use --model_id demo."
 
 
 def _causes(error: BaseException) -> tuple[BaseException, ...]:
+    """The error, its cause, that one's cause, and so on."""
     causes: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None:
@@ -37,12 +38,12 @@ def _causes(error: BaseException) -> tuple[BaseException, ...]:
 
 @contextmanager
 def fitting(model_id: str, weights: int, device: object) -> Iterator[None]:
-    """Explain running out of memory while weights are loaded.
+    """Raise OutOfMemoryError when memory runs out while weights are loaded.
 
     Args:
-        model_id: whose weights.
-        weights: their size in bytes.
-        device: where they go.
+        model_id: the model's id.
+        weights: size of its weights in bytes.
+        device: the device on which they are loaded.
     """
     try:
         yield
@@ -50,33 +51,33 @@ def fitting(model_id: str, weights: int, device: object) -> Iterator[None]:
         if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
             raise
         raise OutOfMemoryError(
-            f"The weights of {model_id} (about {weights / 2**30:.1f} GiB) do not fit on {device}. Free memory there, let --device "
-            "auto put what does not fit elsewhere, or make them smaller: --dtype bfloat16, --quantization 8bit or 4bit, or "
-            "another model."
+            f"The weights of {model_id} (about {weights / 2**30:.1f} GiB) do not fit on {device}. Free memory there, use "
+            "--device auto to put the rest elsewhere, or make them smaller: --dtype bfloat16, --quantization 8bit or 4bit, or a "
+            "smaller model."
         ) from error
 
 
 @contextmanager
 def configuration_explained(model_id: str) -> Iterator[None]:
-    """Explain a config.json that transformers stumbles over: names that it does not know, numbers that cannot be."""
+    """Raise ModelAccessError if transformers fails on a config.json: unknown names, impossible numbers."""
     try:
         yield
     except (KeyError, AttributeError, ArithmeticError, TypeError, RuntimeError, AssertionError) as error:
         raise ModelAccessError(
-            f"transformers {transformers.__version__} cannot make a model of the config.json of {model_id} "
-            f"({type(error).__name__}: {error}). It may be made for another version, or damaged: get it again, or use another "
-            "version."
+            f"transformers {transformers.__version__} cannot build a model from the config.json of {model_id} "
+            f"({type(error).__name__}: {error}). It may be made for another version, or damaged: download it again, or use another "
+            "version of transformers."
         ) from error
 
 
 @contextmanager
 def access_explained(model_id: str, *, adapter: bool = False, quantised: bool = False) -> Iterator[None]:
-    """Turn what the libraries say into errors that say what to do.
+    """Turn errors of the libraries into ModelAccessError with a remedy.
 
     Args:
-        model_id: what is loaded.
+        model_id: the model's or adapter's id.
         adapter: whether it is an adapter.
-        quantised: whether it is said to be quantised, which not every machine can run.
+        quantised: whether its weights are quantised, which not every machine can run.
     """
     try:
         yield
@@ -87,24 +88,24 @@ def access_explained(model_id: str, *, adapter: bool = False, quantised: bool = 
         ) from error
     except StrictDataclassError as error:
         raise ModelAccessError(
-            f"The config.json of {model_id} cannot be used: {' '.join(str(error).split())} Mend it, or get it again."
+            f"The config.json of {model_id} cannot be used: {' '.join(str(error).split())} Fix it or download it again."
         ) from error
     except SafetensorError as error:
         raise ModelAccessError(
-            f"The weights of {model_id} cannot be read ({_first_line(error)}) A file was cut off or damaged on its way: fetch it "
+            f"The weights of {model_id} cannot be read ({_first_line(error)}) A file is incomplete or damaged: download it "
             "again."
         ) from error
     except RuntimeError as error:
         if "ignore_mismatched_sizes" in str(error):
             raise ModelAccessError(
-                f"The weights of {model_id} have other shapes than its config.json says. They do not belong together: get both "
-                "from the same place."
+                f"The weights of {model_id} have other shapes than its config.json says. They do not belong together: "
+                "download both from the same place."
             ) from error
         if not quantised or should_reduce_batch_size(error):
             raise
         raise ModelAccessError(
             f"{model_id} could not be loaded with quantised weights on this machine: {_first_line(error)} Use a machine that "
-            "can, or the weights that are not quantised."
+            "supports them, or weights that are not quantised."
         ) from error
     except (OSError, ValueError) as error:  # HFValidationError is a ValueError; so is a folder without config.json
         raise ModelAccessError(_explanation(error, model_id, adapter)) from error
@@ -120,7 +121,7 @@ def _explanation(error: Exception, model_id: str, adapter: bool) -> str:
     def caused_by(*kinds: type[BaseException]) -> bool:
         return any(isinstance(cause, kinds) for cause in causes)
 
-    said = " ".join(str(cause) for cause in causes)
+    message = " ".join(str(cause) for cause in causes)
     kind, a_kind = ("adapter", "an adapter") if adapter else ("model", "a model")
     if caused_by(GatedRepoError):
         return (
@@ -128,17 +129,15 @@ def _explanation(error: Exception, model_id: str, adapter: bool) -> str:
             f"or set HF_TOKEN to a token of that account. {_TRY_DEMO}"
         )
     if caused_by(RevisionNotFoundError):
+        return f"{model_id} has no such --revision. Give a branch, a tag or the full hash of a commit, as listed on its page."
+    if "trust_remote_code" in message:
         return (
-            f"{model_id} has no such --revision. It takes a branch, a tag or the whole hash of a commit; see its page."
-        )
-    if "trust_remote_code" in said:
-        return (
-            f"{model_id} comes with Python code of its own, which would run here with your rights. Read that code; if you "
+            f"{model_id} comes with Python code of its own, which would run here with your rights. Read that code. If you "
             "trust it, pass --trust_remote_code, on the Hub with --revision and the commit that you have read."
         )
-    if "use_safetensors=True" in said or ("model.safetensors" in said and any(Path(model_id).glob("*.bin"))):
+    if "use_safetensors=True" in message or ("model.safetensors" in message and any(Path(model_id).glob("*.bin"))):
         return (
-            f"{model_id} has no weights in safetensors format. Other formats are pickled, and a pickle can hold code: look for "
+            f"{model_id} has no weights in safetensors format. Other formats are pickles, and a pickle can hold code: use "
             "safetensors weights (another --revision, or a conversion), or, if you trust the source, pass --allow_pickle."
         )
     if not adapter and (Path(model_id) / "adapter_config.json").exists():
@@ -147,12 +146,12 @@ def _explanation(error: Exception, model_id: str, adapter: bool) -> str:
         needed = (
             "adapter_config.json and its weights"
             if adapter
-            else "config.json, *.safetensors weights, and the tokenizer's files"
+            else "config.json, *.safetensors weights, and tokenizer files"
         )
         return f"{model_id} could not be loaded: {_first_line(error)} {a_kind.capitalize()} folder needs {needed}."
     if caused_by(RepositoryNotFoundError, HFValidationError):
         return (
-            f"{model_id} is neither a folder here nor {a_kind} on the Hub that you can see. Check the spelling; a "
+            f"{model_id} is neither a folder here nor {a_kind} on the Hub that you can access. Check the spelling; a "
             f"private {kind} needs HF_TOKEN. {_TRY_DEMO}"
         )
     if not isinstance(error, OSError) or (caused_by(EntryNotFoundError) and not caused_by(LocalEntryNotFoundError)):

@@ -1,4 +1,4 @@
-"""A PEFT adapter on a model's weights. peft is an optional package: it is imported only where an adapter is asked for."""
+"""PEFT adapters on a model's weights. The optional package peft is imported only when an adapter is loaded."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ _SAFE = "adapter_model.safetensors"
 
 
 def check_peft() -> None:
-    """Raise ConfigurationError where peft is not installed."""
+    """Raise ConfigurationError if peft is not installed."""
     if find_spec("peft") is None:
         raise ConfigurationError("--adapter needs the package peft, which is not installed: pip install peft")
 
 
 def add_adapter(model: PreTrainedModel, adapter: str, *, allow_pickle: bool = False) -> None:
-    """Put an adapter's layers into the model, in place. They stay layers of their own: nothing is merged.
+    """Insert an adapter's layers into the model, in place, without merging their weights.
 
     Args:
         model: the base model, its weights in memory.
         adapter: a folder or a Hub id.
-        allow_pickle: take weights that are not in safetensors format.
+        allow_pickle: accept weights that are not in safetensors format.
 
-    Raises ConfigurationError without peft; ModelAccessError where the adapter cannot be had or does not belong to this
-    model; UnsupportedModelError for adapters that change the prompt, and for models that are partly on disk.
+    Raises ConfigurationError without peft; ModelAccessError if the adapter cannot be loaded or does not belong to this
+    model; UnsupportedModelError for adapters that change the prompt, and for models that are partly offloaded.
     """
     check_peft()
     from peft import PeftConfig, PeftModel
@@ -52,8 +52,8 @@ def add_adapter(model: PreTrainedModel, adapter: str, *, allow_pickle: bool = Fa
         _check_format(adapter, allow_pickle)
         if config.is_prompt_learning:
             raise UnsupportedModelError(
-                f"{adapter} changes the prompt ({config.peft_type.value}), not the weights, so it has no residual stream of its "
-                "own to look into. LoRA and its kind are supported."
+                f"{adapter} changes the prompt ({config.peft_type.value}), not the weights, so it has no residual stream of "
+                "its own. Use an adapter of weights, such as LoRA."
             )
         _check_base(adapter, config.base_model_name_or_path or "", model)
         config.inference_mode = True
@@ -64,12 +64,12 @@ def add_adapter(model: PreTrainedModel, adapter: str, *, allow_pickle: bool = Fa
             raise _belongs_elsewhere(adapter, model, str(error).splitlines()[-1].strip(" \t.")) from error
     unplaced = [*found.missing_keys, *found.unexpected_keys]
     if unplaced:
-        raise _belongs_elsewhere(adapter, model, f"{len(unplaced)} tensors have no counterpart, as {unplaced[0]}")
+        raise _belongs_elsewhere(adapter, model, f"{len(unplaced)} tensors have no counterpart, such as {unplaced[0]}")
 
 
 def _config(known: Any, adapter: str) -> Any:
     unknown = ModelAccessError(
-        f"The adapter_config.json of {adapter} names no kind of adapter that peft {version('peft')} knows. Another version may."
+        f"The adapter_config.json of {adapter} names no kind of adapter that peft {version('peft')} knows. Try another version of peft."
     )
     try:
         config = known.from_pretrained(adapter)
@@ -81,25 +81,30 @@ def _config(known: Any, adapter: str) -> Any:
 
 
 def _check_format(adapter: str, allow_pickle: bool) -> None:
-    """peft takes a pickle where there is nothing better; here it must be asked for."""
+    """Raise ModelAccessError if an adapter has no safetensors weights; pickles, which peft would load, need `allow_pickle`."""
     if _file(adapter, _SAFE) is not None:
         return
     if _file(adapter, _PICKLED) is None:
         raise ModelAccessError(
-            f"{adapter} has no weights: an adapter's are in {_SAFE}. Get it again, or check the network and the spelling."
+            f"{adapter} has no weights: an adapter's are in {_SAFE}. Download it again, or check the network and the spelling."
         )
     if not allow_pickle:
         raise ModelAccessError(
-            f"{adapter} has no weights in safetensors format, only {_PICKLED}. A pickle can hold code: if you trust its source, "
+            f"{adapter} has no weights in safetensors format, only {_PICKLED}. A pickle can hold code. If you trust its source, "
             "pass --allow_pickle."
         )
 
 
 def _check_base(adapter: str, base: str, model: PreTrainedModel) -> None:
-    """An adapter fits any model of the same shape, so only names tell whether it belongs there."""
+    """Warn if an adapter was trained on a model of another name: it fits any model of the same shape."""
     trained_on, given = (name.rstrip("/").rpartition("/")[2] for name in (base, model.name_or_path))
     if trained_on not in ("", given):
-        log.warning("%s says that it was trained on %s, but is put on %s.", adapter, base, model.name_or_path)
+        log.warning(
+            "The adapter %s was trained on %s by its own configuration, but is loaded on %s.",
+            adapter,
+            base,
+            model.name_or_path,
+        )
 
 
 def _file(adapter: str, name: str) -> str | None:

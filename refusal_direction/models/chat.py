@@ -1,4 +1,4 @@
-"""A chat model: weights, tokenizer, and the template that turns a request into tokens."""
+"""Chat model: weights, tokenizer, and the chat template that turns a request into tokens."""
 
 from __future__ import annotations
 
@@ -25,41 +25,41 @@ if TYPE_CHECKING:
 
 __all__ = ["SYSTEM_SAMPLE", "ChatModel"]
 
-# They end in different tokens, so what their renderings have in common at the end is the template's.
+# They end in different tokens, so the tokens that end all their renderings come from the template.
 _ENDINGS = ("How are you", "Is it 7?", "Name a colour.", "(yes)", "the letter x", "Sing!")
-_AT_ONCE = 32
+_BATCH_SIZE = 32
 _SAMPLE = "The quick brown fox jumps over 13 lazy dogs. Why?"
 SYSTEM_SAMPLE = "Xylophone"
-"""A word that no template writes by itself."""
+"""A word that occurs in no template."""
 
 
 @dataclass(frozen=True)
 class ChatModel:
-    """A loaded chat model and how requests are put to it."""
+    """A loaded chat model with its tokenizer and the settings of its chat template."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     model_id: str
     revision: str | None = None
-    """The Hub's commit of the weights; None for a local folder."""
+    """Commit of the weights on the Hub; None for a local folder."""
     chat_template: str | None = None
     """Overrides the tokenizer's own template."""
     system_prompt: str | None = None
-    """What the system message says; None leaves it to the template."""
+    """Text of the system message; None: the template's default."""
     thinking: bool = False
-    """Whether the model may think before it answers."""
+    """Whether a reasoning model thinks before it answers."""
     adapter: str | None = None
-    """The PEFT adapter on the weights, if there is one."""
+    """Folder or Hub id of the PEFT adapter on the weights; None without one."""
 
     def render(self, request: str) -> str:
-        """The request as the model expects it, up to where its reply begins.
+        """Render a request with the chat template, up to the beginning of the reply.
 
-        Raises ChatTemplateError where there is no template, or it fails.
+        Raises ChatTemplateError if there is no template, or if it fails.
         """
-        rendered = self._rendered(self._asked(request), add_generation_prompt=True)
+        rendered = self._rendered(self._messages(request), add_generation_prompt=True)
         return rendered + closing(rendered, self.thinking)
 
-    def _asked(self, request: str) -> list[dict[str, str]]:
+    def _messages(self, request: str) -> list[dict[str, str]]:
         system = [] if self.system_prompt is None else [{"role": "system", "content": self.system_prompt}]
         return [*system, {"role": "user", "content": request}]
 
@@ -83,46 +83,46 @@ class ChatModel:
 
     @property
     def template_settings(self) -> dict[str, Any]:
-        """What prompts are rendered with, for the record."""
-        told = settings(self._own_template(), self.thinking)
-        return {**told, "thinking_closed_with": self._closing(), "system_prompt": self.system_prompt}
+        """Settings with which prompts are rendered, for run.json."""
+        found = settings(self._own_template(), self.thinking)
+        return {**found, "thinking_closed_with": self._closing(), "system_prompt": self.system_prompt}
 
     def _closing(self) -> str:
-        return closing(self._rendered(self._asked("Hello"), add_generation_prompt=True), self.thinking)
+        return closing(self._rendered(self._messages("Hello"), add_generation_prompt=True), self.thinking)
 
     def check_request(self) -> None:
-        """Raise ChatTemplateError where the template leaves out what the user says."""
+        """Raise ChatTemplateError if the template leaves out the request."""
         if len(set(map(self.render, _ENDINGS))) == 1:
             raise ChatTemplateError(
-                f"The chat template of {self.model_id} leaves out the request, so that all prompts are alike. Pass "
-                "--chat_template with one that shows what the user says."
+                f"The chat template of {self.model_id} leaves out the request, so all prompts would be the same. Pass "
+                "--chat_template with one that renders the user's message."
             )
 
     def check_system_prompt(self) -> None:
-        """Raise ChatTemplateError where a system prompt was asked for and the template refuses or drops it."""
+        """Raise ChatTemplateError if there is a system prompt and the template rejects or drops it."""
         if self.system_prompt is None:
             return
         replace(self, system_prompt=None).render("Hello")  # a template that always fails is another problem
         try:
             if SYSTEM_SAMPLE in replace(self, system_prompt=SYSTEM_SAMPLE).render("Hello"):
                 return
-            reason = "drops the system message without a word"
+            reason = "drops the system message"
         except ChatTemplateError as error:
-            reason = f"refuses a system message: {error.__cause__}"
+            reason = f"rejects a system message: {error.__cause__}"
         raise ChatTemplateError(
             f"The chat template of {self.model_id} takes no --system_prompt (it {reason}). Leave it out, put the text at the "
-            "beginning of your own prompts, or pass a --chat_template that has a place for it."
+            "beginning of your own prompts, or pass a --chat_template that supports it."
         )
 
     def encode(self, request: str, reply: str = "") -> list[int]:
-        """Token ids of the rendered request and the start of a reply. The template writes the special tokens itself."""
+        """Token ids of the rendered request and the start of a reply; special tokens come from the template."""
         return list(self.tokenizer(self.render(request) + reply, add_special_tokens=False)["input_ids"])
 
     @cached_property
     def eoi_tokens(self) -> tuple[int, ...]:
-        """End-of-instruction tokens: what the template puts after every request (paper, section 2.3).
+        """End-of-instruction (EOI) tokens, with which the template follows every request (paper, section 2.3).
 
-        Raises ChatTemplateError where it puts nothing there.
+        Raises ChatTemplateError if there are none, or if the template leaves out the request.
         """
         self.check_request()
         encoded = [self.encode(request) for request in _ENDINGS]
@@ -131,20 +131,20 @@ class ChatModel:
             shared += 1
         if shared == 0:
             raise ChatTemplateError(
-                f"The chat template of {self.model_id} puts nothing after the request, so there is no end-of-instruction "
-                "token to read the direction from. Pass --chat_template with one that ends the user's turn."
+                f"The chat template of {self.model_id} ends with the request, so there is no end-of-instruction token "
+                "from which to read the direction. Pass --chat_template with one that ends the user's turn."
             )
         return tuple(encoded[0][-shared:])
 
     @property
     def n_positions(self) -> int:
-        """How many of the last tokens give candidates."""
+        """Number of last tokens that give candidates."""
         return len(self.eoi_tokens)
 
     def inputs(self, prompt: Prompt) -> dict[str, Tensor]:
-        """The model's inputs for a prompt: a batch of one, on the model's device.
+        """The model's inputs for a prompt, (1, token) each, on the model's device.
 
-        Raises PromptError where it has an image, which this model would not see.
+        Raises PromptError if the prompt has an image, which this model would not see.
         """
         if prompt.image is not None:
             raise PromptError(
@@ -154,7 +154,7 @@ class ChatModel:
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def reply_tokens(self, reply: str) -> list[int]:
-        """The tokens in which the model would write a reply, with what the template puts before it (Llama 2: a space)."""
+        """Token ids of a reply, with any space that the template puts before it (Llama 2)."""
         before = self.encode("Hello")
         after = self.encode("Hello", self._space_before(reply) + reply)
         if after[: len(before)] == before:
@@ -162,24 +162,26 @@ class ChatModel:
         return list(self.tokenizer(reply, add_special_tokens=False)["input_ids"])
 
     def _space_before(self, reply: str) -> str:
+        """The space that the template puts before a reply."""
         prompt, exchange = (
             self.render("Hello"),
-            self._rendered([*self._asked("Hello"), {"role": "assistant", "content": reply}]),
+            self._rendered([*self._messages("Hello"), {"role": "assistant", "content": reply}]),
         )
         space = exchange[len(prompt) :].partition(reply)[0]
         return space if exchange.startswith(prompt) and space.isspace() else ""
 
     @property
     def most_tokens(self) -> float:
-        """How many tokens the model takes, replies included; infinite where its configuration does not say."""
+        """Number of positions of the model, for prompt and reply; infinite if its configuration does not limit them."""
         most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return math.inf if most is None else most
 
     def text_of(self, token: int) -> str:
+        """The text of one token."""
         return str(self.tokenizer.decode([token]))
 
     def check_tokenizer(self) -> None:
-        """Raise TokenizerError where text is mapped to nothing but unknown tokens, as without tokenizer files."""
+        """Raise TokenizerError if ordinary text becomes unknown tokens, as without tokenizer files."""
         ids = set(self.tokenizer(_SAMPLE, add_special_tokens=False)["input_ids"]) - {self.tokenizer.unk_token_id}
         if len(ids) < 5:
             raise TokenizerError(
@@ -190,7 +192,7 @@ class ChatModel:
     def complete(self, prompts: Sequence[Prompt | str] | Prompt | str, max_new_tokens: int = 32) -> list[str]:
         """Greedy completions, in order; a list of one for a single request.
 
-        Raises PromptError where the model has no position left for a reply.
+        Raises PromptError if the model has no position left for a reply, OutOfMemoryError.
         """
         replies = self.generate(prompts, max_new_tokens)
         return [str(text) for text in self.tokenizer.batch_decode(replies, skip_special_tokens=True)]
@@ -203,21 +205,26 @@ class ChatModel:
         *,
         at_once: int | None = None,
     ) -> list[list[int]]:
-        """Token ids of greedy completions, in order, no longer than the model has positions.
+        """Token ids of greedy completions, in order.
 
-        Prompts of equal length share a batch, of at most `at_once` (None: 32), so nothing is padded. Of the model's generation
-        config only the special tokens count: what the model says is measured, without penalties, beams or suppressed tokens.
+        Prompts of equal length share a batch, so nothing is padded. Of the model's generation config only the special tokens
+        apply: no penalties, beams or suppressed tokens. Completions end where the model has no position left.
 
-        Raises PromptError where the model has no position left for a reply, OutOfMemoryError.
+        Args:
+            prompts: requests, or prompts with images for a vision-language model.
+            max_new_tokens: most tokens of a completion.
+            at_once: most prompts of a batch; None: 32, which is also the maximum.
+
+        Raises PromptError if the model has no position left for a reply, OutOfMemoryError.
         """
-        at_once = min(at_once or _AT_ONCE, _AT_ONCE)
+        at_once = min(at_once or _BATCH_SIZE, _BATCH_SIZE)
         prompts = [prompts] if isinstance(prompts, str | Prompt) else prompts
         inputs = [self.inputs(Prompt("", prompt) if isinstance(prompt, str) else prompt) for prompt in prompts]
-        alike: dict[tuple[torch.Size, ...], list[int]] = {}
+        same_shape: dict[tuple[torch.Size, ...], list[int]] = {}
         for index, tensors in enumerate(inputs):
-            alike.setdefault(tuple(tensor.shape for tensor in tensors.values()), []).append(index)
+            same_shape.setdefault(tuple(tensor.shape for tensor in tensors.values()), []).append(index)
         replies: list[list[int]] = [[] for _ in prompts]
-        for members in alike.values():
+        for members in same_shape.values():
             for begin in range(0, len(members), at_once):
                 some = members[begin : begin + at_once]
                 batch = {name: torch.cat([inputs[index][name] for index in some]) for name in inputs[some[0]]}
@@ -228,7 +235,7 @@ class ChatModel:
 
     def _generate(self, batch: dict[str, Tensor], max_new_tokens: int) -> Tensor:
         length = batch["input_ids"].shape[1]
-        left = self.most_tokens - length + 1  # the last token that is made is not read
+        left = self.most_tokens - length + 1  # the last new token takes none
         if left < 1:
             raise PromptError(
                 f"A prompt has {length} tokens, but {self.model_id} takes {self.most_tokens}. Shorten it."
@@ -239,12 +246,12 @@ class ChatModel:
             if not should_reduce_batch_size(error):
                 raise
             raise OutOfMemoryError(
-                f"Out of memory while {len(batch['input_ids'])} prompts were completed at once. Lower --batch_size, or leave out "
+                f"Out of memory while {len(batch['input_ids'])} prompts were completed at once. Lower --batch_size, or omit "
                 "--sanity and --calibrate_refusal."
             ) from error
 
     def _greedy(self) -> PreTrainedModel:
-        """The same modules with a generation config of their own: `generate` fills what it is not given from the model's."""
+        """The same modules with a plain generation config, since `generate` takes its defaults from the model's."""
         model = copy(unwrapped(self.model))
         own, pad = model.generation_config, self.tokenizer.pad_token_id
         model.generation_config = GenerationConfig(

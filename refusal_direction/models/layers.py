@@ -1,4 +1,4 @@
-"""Finding the stack of decoder layers in any model, by structure and not by name."""
+"""Decoder layers of any model, found by structure and not by name."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ __all__ = ["find_layers", "other_blocks", "unwrapped"]
 
 
 def unwrapped(model: PreTrainedModel) -> PreTrainedModel:
-    """The model itself, of what `torch.compile(model)` or peft returns."""
+    """The model inside of a wrapper of torch.compile or peft; a model without wrapper unchanged."""
     model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _is_block(module: nn.Module, model: PreTrainedModel) -> bool:
+    """Whether a module is a transformer block."""
     names = getattr(model, "_no_split_modules", None) or ()
     return isinstance(module, GradientCheckpointingLayer) or type(module).__name__ in names
 
 
 def other_blocks(model: PreTrainedModel, layers: nn.ModuleList) -> Iterator[nn.Module]:
-    """The model's transformer blocks that are none of its decoder layers, nor inside one: a vision tower's, say."""
+    """Transformer blocks outside of the decoder layers, such as those of a vision tower."""
     inside = {id(module) for module in layers.modules()}
     return (module for module in model.modules() if id(module) not in inside and _is_block(module, model))
 
@@ -33,8 +34,8 @@ def other_blocks(model: PreTrainedModel, layers: nn.ModuleList) -> Iterator[nn.M
 def _distinct(layers: nn.ModuleList, model: PreTrainedModel) -> nn.ModuleList:
     if len(set(layers)) < len(layers):
         raise UnsupportedModelError(
-            f"In {type(model).__name__} one layer stands at several places of the stack. A direction belongs to a layer that runs "
-            "once: put a copy of it (copy.deepcopy) at each place."
+            f"In {type(model).__name__} one layer occurs several times in the stack, but a direction belongs to a layer that runs "
+            "once. Put a copy of it (copy.deepcopy) at each place."
         )
     return layers
 
@@ -42,10 +43,10 @@ def _distinct(layers: nn.ModuleList, model: PreTrainedModel) -> nn.ModuleList:
 def find_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The model's decoder layers, in order.
 
-    They are the outermost, then longest, ModuleList whose members are transformer blocks, looked for first in the
-    text decoder (`get_decoder`), so that a vision tower's layers are never taken for them.
+    They are the outermost, then longest, ModuleList with transformer blocks. The text decoder (`get_decoder`) is searched
+    first, so that the layers of a vision tower are not mistaken for them.
 
-    Raises UnsupportedModelError where there is none, or one of them stands there twice.
+    Raises UnsupportedModelError if there is no such list, or if a layer occurs in it twice.
     """
     for root in (model.get_decoder(), model):
         stacks = [

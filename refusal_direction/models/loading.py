@@ -1,4 +1,4 @@
-"""Loading a chat model from the Hub or a folder, on the machine there is."""
+"""Loading a chat model from the Hub or a folder, placed and in a dtype that suit the machine."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ log = logging.getLogger(__name__)
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _BITS = {"4bit": 4, "8bit": 8}
-_SHARE_FOR_WEIGHTS = 0.75
+_SHARE_FOR_WEIGHTS = 0.75  # of free memory
 _KINDS = {
     AutoModelForCausalLM: ("chat model", "with images, extract_refusal_direction_vlm.py"),
     AutoModelForImageTextToText: ("vision-language model", "for text alone, extract_refusal_direction.py"),
 }
-"""What the two pipelines load, and the script of the other."""
+"""Kind of model that each pipeline loads, and the command of the other pipeline."""
 _Chat = TypeVar("_Chat", bound=ChatModel)
 
 
 def check_access(source: ModelSource) -> None:
-    """Find out before a long download of prompts or weights whether the model can be had: its config.json is read.
+    """Check before a long download of prompts or weights that the model is accessible, by reading its config.json.
 
     Raises ModelAccessError, ConfigurationError.
     """
@@ -65,15 +65,15 @@ def check_access(source: ModelSource) -> None:
 
 
 def load(config: Config) -> ChatModel:
-    """Load the model that a configuration asks for: for text, or for images with text."""
+    """Load the model of a configuration: for text, or for images with text."""
     return load_vision_model(config.model) if config.rules.images else load_chat_model(config.model)
 
 
 def load_chat_model(source: ModelSource | str | os.PathLike[str]) -> ChatModel:
     """Load a chat model: a Hub id, a folder, or "demo". Weights that do not fit are offloaded to CPU memory and disk.
 
-    Raises ModelError (ModelAccessError: gated, unknown, out of reach; TokenizerError, ChatTemplateError, ...), ConfigurationError,
-    OutOfMemoryError.
+    Raises ModelError (ModelAccessError if it is gated, unknown or out of reach, TokenizerError, ChatTemplateError, ...),
+    ConfigurationError, OutOfMemoryError.
     """
     source = source if isinstance(source, ModelSource) else ModelSource(model_id=str(source))
     model, tokenizer = _load(source, demo.MODEL_DIR, AutoModelForCausalLM, AutoTokenizer)
@@ -81,11 +81,7 @@ def load_chat_model(source: ModelSource | str | os.PathLike[str]) -> ChatModel:
 
 
 def load_vision_model(source: ModelSource | str | os.PathLike[str]) -> VisionChatModel:
-    """Load a vision-language model, likewise.
-
-    Raises ModelError (ModelAccessError: gated, unknown, out of reach; TokenizerError, ChatTemplateError, ...), ConfigurationError,
-    OutOfMemoryError.
-    """
+    """Load a vision-language model with its processor, in the same way as `load_chat_model`, and with the same errors."""
     source = source if isinstance(source, ModelSource) else ModelSource(model_id=str(source))
     model, processor = _load(source, demo_vision.MODEL_DIR, AutoModelForImageTextToText, AutoProcessor)
     tokenizer = processor.tokenizer
@@ -93,6 +89,7 @@ def load_vision_model(source: ModelSource | str | os.PathLike[str]) -> VisionCha
 
 
 def _identity(source: ModelSource, model: PreTrainedModel) -> dict[str, Any]:
+    """Fields that text and vision-language models have in common."""
     return {
         "model_id": source.model_id,
         "revision": getattr(model.config, "_commit_hash", None),
@@ -111,7 +108,7 @@ def _checked(chat: _Chat) -> _Chat:
 
 
 def _load(source: ModelSource, demo_dir: Path, model_class: Any, tokenizer_class: Any) -> tuple[PreTrainedModel, Any]:
-    """The weights, and the tokenizer or processor."""
+    """Load the model, and its tokenizer or processor."""
     _check_settings(source)
     path, origin = str(demo_dir) if source.model_id == DEMO_MODEL else source.model_id, _origin(source)
     device = _device(source.device)
@@ -155,10 +152,10 @@ def _origin(source: ModelSource) -> dict[str, Any]:
 
 
 def _check_settings(source: ModelSource) -> None:
-    """Find out before a download what can be known before it."""
+    """Raise ConfigurationError, before any download, for settings that cannot be used."""
     if source.revision is not None and (source.model_id == DEMO_MODEL or Path(source.model_id).exists()):
         raise ConfigurationError(
-            f"--revision {source.revision}: only models on the Hub have revisions; this one is a folder."
+            f"--revision {source.revision}: only models on the Hub have revisions, and this is a folder. Leave out --revision."
         )
     if source.quantization is not None:
         if source.quantization not in _BITS:
@@ -173,7 +170,7 @@ def _check_settings(source: ModelSource) -> None:
 
 
 def _quantization(source: ModelSource, config: PretrainedConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """How weights are quantised while they are loaded; a checkpoint that is already quantised says so itself."""
+    """Settings to quantise weights while they are loaded; none for checkpoints that are quantised already."""
     if source.quantization is None:
         return {}
     if hasattr(config, "quantization_config"):
@@ -189,7 +186,7 @@ def _quantization(source: ModelSource, config: PretrainedConfig, dtype: torch.dt
 
 @torch.no_grad()
 def _try_quantised(model: PreTrainedModel) -> None:
-    """Not every processor can run every shape of quantised weights, which shows when one is used."""
+    """Run one quantised linear layer of each shape, since not every processor supports every shape."""
     shapes = set()
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) and not module.weight.is_floating_point() and not module.weight.is_meta:
@@ -200,9 +197,9 @@ def _try_quantised(model: PreTrainedModel) -> None:
 
 
 def _check_complete(model_id: str, report: dict[str, Any]) -> None:
-    """transformers makes up random weights for those that are missing; no result would mean anything.
+    """Raise ModelAccessError if weights are missing, since transformers would fill them with random numbers.
 
-    Weights that it has no use for may belong to a part that it does not run, or the configuration is another model's.
+    Warn of unused weights: they belong to a part that is not run, or the configuration belongs to another model.
     """
     unused = sorted(report.get("unexpected_keys") or ())
     if unused:
@@ -211,11 +208,12 @@ def _check_complete(model_id: str, report: dict[str, Any]) -> None:
     if missing:
         raise ModelAccessError(
             f"{model_id} lacks {len(missing)} of the model's weights ({', '.join(missing[:3])}, ...), so it would run with "
-            "random ones. Its files are incomplete, or belong to another kind of model."
+            "random ones. Its files are incomplete, or belong to another kind of model: download them again."
         )
 
 
 def _device(asked: str) -> torch.device:
+    """The device of a flag; with several processes on CUDA, each gets its own."""
     if asked == "auto":
         if torch.cuda.is_available():
             return _device("cuda")
@@ -223,9 +221,9 @@ def _device(asked: str) -> torch.device:
     try:
         device = torch.device(asked)
     except RuntimeError as error:
-        raise ConfigurationError(f"--device {asked} is no device. Use auto, cuda, cuda:1, mps or cpu.") from error
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if not there.get(device.type, False):
+        raise ConfigurationError(f"--device {asked} is not a device. Use auto, cuda, cuda:1, mps or cpu.") from error
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if not available.get(device.type, False):
         raise ConfigurationError(
             f"--device {asked}: this machine (or this build of torch) has none. Use --device auto."
         )
@@ -235,20 +233,20 @@ def _device(asked: str) -> torch.device:
 
 
 def _parameters(config: PretrainedConfig, model_class: Any, source: ModelSource) -> int:
-    """How many weights the model has, without loading any."""
+    """Number of the model's weights, without loading any."""
     try:
         with torch.device("meta"):
             model = model_class.from_config(config, trust_remote_code=source.trust_remote_code)
     except ValueError as error:
         kind, other = _KINDS[model_class]
         raise ModelAccessError(
-            f"{source.model_id} is a {config.model_type}, which transformers does not know as a {kind}. Use one that is; or, {other}."
+            f"{source.model_id} is a {config.model_type}, which transformers does not know as a {kind}. Use a {kind}, or, {other}."
         ) from error
     return sum(weight.numel() for weight in model.parameters())
 
 
 def _dtype(asked: str, device: torch.device, parameters: int) -> torch.dtype:
-    """As asked; auto: bfloat16 on an accelerator that has it, and on a CPU only where float32 would not fit."""
+    """The dtype of a flag; auto: bfloat16 on an accelerator that supports it, and on a CPU if float32 does not fit."""
     if asked != "auto":
         if asked not in _DTYPES:
             raise ConfigurationError(f"--dtype {asked} is not known. Use auto, {', '.join(_DTYPES)}.")
@@ -262,13 +260,13 @@ def _dtype(asked: str, device: torch.device, parameters: int) -> torch.dtype:
 
 
 def _placement(asked: str, device: torch.device, weights: int) -> dict[str, object]:
-    """One device where the weights fit; else spread over all there are, then CPU memory, then disk."""
+    """One device if the weights fit; otherwise all devices, then CPU memory, then disk."""
     if asked != "auto" or weights < _SHARE_FOR_WEIGHTS * free_bytes(device):
         return {"device_map": {"": device}}
     limits: dict[int | str, int] = {"cpu": int(_SHARE_FOR_WEIGHTS * psutil.virtual_memory().available)}
     if device.type == "mps":
         limits["mps"] = limits.pop("cpu")
-    alone = processes.size() == 1  # otherwise the other devices are the other processes'
+    alone = processes.size() == 1  # if not, the other devices belong to the other processes
     own = [device.index] if device.type == "cuda" else []
     for index in range(torch.cuda.device_count()) if alone else own:
         limits[index] = int(_SHARE_FOR_WEIGHTS * free_bytes(torch.device("cuda", index)))
@@ -277,7 +275,7 @@ def _placement(asked: str, device: torch.device, weights: int) -> dict[str, obje
 
 @contextmanager
 def _offload_folder(placement: Mapping[str, object]) -> Iterator[tuple[dict[str, str], Callable[[object], None]]]:
-    """A folder for what of a spread-out model goes to disk, which is removed with its owner, or on failure."""
+    """Create a folder for weights offloaded to disk; it is removed with its owner, or on failure."""
     if placement["device_map"] != "auto":
         yield {}, lambda owner: None
         return
@@ -292,6 +290,7 @@ def _offload_folder(placement: Mapping[str, object]) -> Iterator[tuple[dict[str,
 
 
 def _template(given: str | None) -> str | None:
+    """A chat template, given as Jinja or as a file that holds it."""
     if given is None:
         return None
     if "{" in given:
@@ -300,5 +299,5 @@ def _template(given: str | None) -> str | None:
         return Path(os.path.expanduser(given)).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(
-            f"--chat_template {given}: neither a Jinja template (it has no braces) nor a file that can be read."
+            f"--chat_template {given}: neither a Jinja template (it has no braces) nor a readable file. Give either."
         ) from error

@@ -1,4 +1,4 @@
-"""Where a model's weights are: on a device, or offloaded by accelerate and loaded for each call."""
+"""Placement of a model's weights: on a device, or offloaded by accelerate and loaded for each call."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["execution_device", "is_offloaded", "offload_hooks"]
 
 
 def _hooks(modules: Iterator[nn.Module]) -> Iterator[tuple[nn.Module, AlignDevicesHook]]:
-    """Modules and what accelerate has attached to them."""
+    """Modules with their accelerate hooks."""
     for module in modules:
         hook = getattr(module, "_hf_hook", None)
         for part in hook.hooks if isinstance(hook, SequentialHook) else (hook,):
@@ -21,12 +21,12 @@ def _hooks(modules: Iterator[nn.Module]) -> Iterator[tuple[nn.Module, AlignDevic
 
 
 def offload_hooks(modules: Iterator[nn.Module]) -> list[tuple[nn.Module, AlignDevicesHook]]:
-    """Those of the modules whose weights are loaded for each call, and the hooks that do it."""
+    """Modules with offloaded weights, and the hooks that load those for each call."""
     return [(module, hook) for module, hook in _hooks(modules) if hook.offload]
 
 
 def execution_device(model: nn.Module) -> torch.device:
-    """Where the model takes its inputs: offloaded weights themselves may be on no device at all."""
+    """The device of the model's inputs; offloaded weights themselves may be on the meta device."""
     for _, hook in _hooks(model.modules()):
         if hook.execution_device is not None:
             return torch.device(hook.execution_device)
@@ -34,5 +34,5 @@ def execution_device(model: nn.Module) -> torch.device:
 
 
 def is_offloaded(model: nn.Module) -> bool:
-    """Whether some weights of the model are on disk or in CPU memory and loaded only for a call."""
+    """Whether some weights of the model are on disk or in CPU memory, and loaded for each call."""
     return bool(offload_hooks(model.modules()))

@@ -1,8 +1,8 @@
-"""What is done to chat templates so that a prompt renders the same every day, and the reply begins with the answer.
+"""Changes to chat templates: a prompt renders the same every day, and the reply begins with the answer.
 
-Dates are pinned and thinking is off. A template is changed as text, since a processor takes arguments that it does not know
-for its own. Where a template has no switch and opens a block of thoughts, the block is closed again, empty: the refusal score
-is read off the first token of the reply, and that should not be the first token of a thought.
+Dates are fixed and thinking is off. Settings are written into the template's text, since processors consume unknown kwargs.
+If a template has no switch for thinking and opens a thinking block, the block is closed again, empty: the refusal score is
+read from the first token of the reply, which should not be the first token of a thought.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _REPLACED = "".join(f" | replace('{code}', '{text}')" for code, text in _PARTS.i
 _CLOCK = f"{{% macro strftime_now(format) %}}{{{{ format{_REPLACED} }}}}{{% endmacro %}}"
 
 _SWITCHES = ("enable_thinking", "thinking", "reasoning")
-"""The names that templates read to know whether the model thinks first: Qwen 3, Granite and DeepSeek V3.1, Command A."""
+"""Template variables that switch thinking on or off: in Qwen 3, in Granite and DeepSeek V3.1, in Command A."""
 
 _OPENED = (
     (re.compile(r"<think>\s*\Z"), "\n</think>\n\n"),  # DeepSeek-R1, QwQ
@@ -30,25 +30,25 @@ _OPENED = (
         "<|channel|>final<|message|>",
     ),  # harmony: the reply names its channel first
 )
-"""Ends of a prompt after which thoughts come, and what makes the answer come instead."""
+"""Ends of a prompt that begin a thinking block, and the text that makes the answer follow instead."""
 
 
 def pinned(template: str, thinking: bool = False) -> str:
-    """A template that sets its date, and whether the model thinks, in itself."""
+    """The template with a fixed date, and with thinking switched on or off."""
     switches = "".join(f"{{% set {name} = {str(thinking).lower()} %}}" for name in _SWITCHES)
     clock = _CLOCK if "strftime_now" in template else ""
     return f"{switches}{{% set date_string = '{_DATE}' %}}{clock}{template}"
 
 
 def closing(rendered: str, thinking: bool = False) -> str:
-    """What goes behind a rendered prompt so that the answer comes next, and no thoughts."""
+    """Text to append to a rendered prompt so that the answer comes next, and no thoughts."""
     if thinking:
         return ""
     return next((text for end, text in _OPENED if end.search(rendered)), "")
 
 
 def settings(template: str, thinking: bool = False) -> dict[str, Any]:
-    """What a template was told, as far as it listens."""
+    """Settings that a template reads, for run.json: the fixed date, and its switches for thinking."""
     dated = "date_string" in template or "strftime_now" in template
     return {
         "date": _NOW.date().isoformat() if dated else None,

@@ -1,4 +1,4 @@
-"""A vision-language model, and how an image and a question are put to it."""
+"""Vision-language model: weights, processor, and the template that turns an image and a question into inputs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["RAW_PROMPTS", "VisionChatModel"]
 
 RAW_PROMPTS = {"paligemma": "<image>answer en {question}"}
-"""Families that were trained on prompts of their own instead of a chat template, by model_type."""
+"""Prompt formats of families that were trained without a chat template, by model_type."""
 
 _NOT_FOR_FORWARD = ("labels",)
 _Content = list[dict[str, Any]]
@@ -36,23 +36,24 @@ class VisionChatModel(ChatModel):
 
     @property
     def eoi_tokens(self) -> tuple[int, ...]:
-        """None: the last tokens of the prompt are looked at, whatever they are."""
+        """Empty: candidates come from the last tokens of the prompt, whatever these are."""
         return ()
 
     @property
     def n_positions(self) -> int:
+        """Number of last tokens that give candidates."""
         assert VISION.positions is not None
         return VISION.positions
 
     def inputs(self, prompt: Prompt) -> dict[str, Tensor]:
         """The processor's tensors for an image and a question: a batch of one, on the model's device, in its dtype.
 
-        Raises ChatTemplateError where the processor has no usable chat template, PromptError where there is no image.
+        Raises ChatTemplateError if the processor has no usable chat template, PromptError if there is no image.
         """
         if prompt.image is None:
             raise PromptError(
-                f"The prompt {prompt.text[:40]!r} has no image, which {self.model_id} needs: give Prompt(id, text, image). Text "
-                "alone is for load_chat_model."
+                f"The prompt {prompt.text[:40]!r} has no image, which {self.model_id} needs: give Prompt(id, text, image). For "
+                "text alone, use load_chat_model."
             )
         features = self._through_template(prompt) if self._raw_prompt is None else self._raw(self._raw_prompt, prompt)
         device, dtype = execution_device(self.model), self.model.dtype
@@ -71,7 +72,7 @@ class VisionChatModel(ChatModel):
         return self.processor(text=text, images=prompt.image, return_tensors="pt")
 
     def _plain(self, text: str) -> str:
-        """A question that speaks of an image token does not stand for an image."""
+        """Strip the brackets off image tokens in a question, so that they do not stand for images."""
         token = getattr(self.processor, "image_token", None)
         return text.replace(token, token.strip("<>|[]")) if token else text
 
@@ -87,14 +88,14 @@ class VisionChatModel(ChatModel):
         )
 
     def render(self, request: str) -> str:
-        """The text of a prompt with an image, as far as the template makes it."""
+        """Render a question with the template, as text, before the processor inserts the image."""
         if self._raw_prompt is not None:
             return self._raw_prompt.format(question=request)
         template = pinned(self._own_template(), self.thinking)
         return str(self._applied([{"type": "image"}, {"type": "text", "text": request}], chat_template=template))
 
     def _applied(self, content: _Content, *, system_as_text: bool | None = None, **settings: Any) -> Any:
-        """The processor's template applied to what the user says."""
+        """Apply the processor's template to the user's message, after the system message if there is one."""
         messages = [{"role": "user", "content": content}]
         if self.system_prompt is not None:
             as_text = self._system_as_text if system_as_text is None else system_as_text
@@ -110,16 +111,16 @@ class VisionChatModel(ChatModel):
 
     @cached_property
     def _system_as_text(self) -> bool:
-        """Whether the template shows a system message that is plain text; others want a list of parts."""
+        """Whether the template renders a system message given as plain text; others need a list of parts."""
         try:
-            shown = replace(self, system_prompt=SYSTEM_SAMPLE)._applied(
+            rendered = replace(self, system_prompt=SYSTEM_SAMPLE)._applied(
                 [{"type": "image"}, {"type": "text", "text": "Hello"}],
                 system_as_text=True,
                 chat_template=pinned(self._own_template()),
             )
         except ChatTemplateError:
             return False
-        return SYSTEM_SAMPLE in shown
+        return SYSTEM_SAMPLE in rendered
 
     def _closing(self) -> str:
         return closing(self.render("Hello"), self.thinking)
@@ -136,5 +137,5 @@ class VisionChatModel(ChatModel):
         return str(template)
 
     def reply_tokens(self, reply: str) -> list[int]:
-        """The tokens in which the model would write a reply."""
+        """Token ids of a reply."""
         return list(self.tokenizer(reply, add_special_tokens=False)["input_ids"])

@@ -1,48 +1,48 @@
-"""Prompts: where they come from, and how they are drawn."""
+"""Prompts: their sources, the sets by kind and split, and the draws."""
 
 from __future__ import annotations
 
 from refusal_direction import demo
-from refusal_direction.config import DEMO_MODEL, Config
+from refusal_direction.config import DEMO_MODEL, Config, PromptSource
 from refusal_direction.errors import ConfigurationError
 from refusal_direction.prompts.files import read_prompts
 from refusal_direction.prompts.published import published_splits
-from refusal_direction.prompts.sets import Prompt, PromptSets, sample_pools, sample_splits
+from refusal_direction.prompts.sampling import SampleSizes, sample_pairs, sample_pools, sample_splits
+from refusal_direction.prompts.sets import SETS, Kind, Prompt, PromptSets, Split, set_name
 
-__all__ = ["Prompt", "PromptSets", "gather", "read_prompts"]
-
-_SPLITS = ("harmful_train", "harmless_train", "harmful_val", "harmless_val")
+__all__ = ["Kind", "Prompt", "PromptSets", "Split", "gather", "read_prompts"]
 
 
 def gather(config: Config, *, progress: bool = False) -> PromptSets:
-    """Draw the prompts of a run: own ones if given, the demo's own with the demo model, else the published ones.
+    """Draw the prompts of a run: from files if given, from the demo's prompts for the demo model, else from the published ones.
 
-    Raises PromptError (a file or download that is not as it should be, too few prompts), ConfigurationError.
+    Raises PromptError (a malformed file, a failed download, too few prompts), ConfigurationError.
     """
     source = config.prompts
     if (source.harmful is None) != (source.harmless is None):
         raise ConfigurationError("--harmful and --harmless go together: give both, or neither.")
-    counts = {"n_train": source.n_train, "n_val": source.n_val, "seed": source.seed}
-    return _pairs(config, counts) if config.rules.images else _texts(config, counts, progress)
+    sizes = SampleSizes(source.n_train, source.n_val, source.n_test, source.seed)
+    is_demo = config.model.model_id == DEMO_MODEL
+    return _pairs(source, sizes, is_demo) if config.rules.images else _texts(source, sizes, is_demo, progress)
 
 
-def _texts(config: Config, counts: dict[str, int], progress: bool) -> PromptSets:
-    source = config.prompts
+def _texts(source: PromptSource, sizes: SampleSizes, is_demo: bool, progress: bool) -> PromptSets:
     if source.harmful is not None and source.harmless is not None:
-        return sample_pools(read_prompts(source.harmful), read_prompts(source.harmless), **counts)
-    if config.model.model_id == DEMO_MODEL:
-        return sample_splits({name: read_prompts(demo.PROMPTS_DIR / f"{name}.json") for name in _SPLITS}, **counts)
-    return sample_splits(published_splits(source.data_dir, progress), **counts)
+        return sample_pools(read_prompts(source.harmful), read_prompts(source.harmless), sizes)
+    if is_demo:
+        files = {which: demo.PROMPTS_DIR / f"{set_name(which)}.json" for which in SETS}
+        return sample_splits({which: read_prompts(path) for which, path in files.items()}, sizes)
+    return sample_splits(published_splits(source.data_dir, progress, test=sizes.n_test > 0), sizes)
 
 
-def _pairs(config: Config, counts: dict[str, int]) -> PromptSets:
-    from refusal_direction.prompts import pairs  # brings `datasets`, which text does not need
+def _pairs(source: PromptSource, sizes: SampleSizes, is_demo: bool) -> PromptSets:
+    from refusal_direction.prompts import pairs  # imports `datasets`, which text does not need
 
-    source = config.prompts
     if source.harmful is not None and source.harmless is not None:
-        return pairs.shuffled(pairs.read_folder(source.harmful), pairs.read_folder(source.harmless), **counts)
-    if config.model.model_id == DEMO_MODEL:
+        return sample_pairs(pairs.read_folder(source.harmful), pairs.read_folder(source.harmless), sizes)
+    if is_demo:
         from refusal_direction.demo.vision.pairs import demo_pairs
 
-        return pairs.shuffled(demo_pairs("harmful"), demo_pairs("harmless"), **counts)
-    return pairs.shuffled(pairs.harmful_pairs(), pairs.harmless_pairs(seed=source.seed), **counts)
+        test = {kind: demo_pairs(kind.value, splits=("test",)) for kind in Kind}
+        return sample_pairs(demo_pairs("harmful"), demo_pairs("harmless"), sizes, test=test)
+    return sample_pairs(pairs.harmful_pairs(), pairs.harmless_pairs(seed=source.seed), sizes)

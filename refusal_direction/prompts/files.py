@@ -15,7 +15,7 @@ from refusal_direction.prompts.sets import Prompt, encodable
 __all__ = ["json_lines", "read_prompts"]
 
 _KEYS = ("instruction", "prompt", "text", "goal", "behavior")
-"""What data sets call a prompt, in any case; the first that is there counts."""
+"""Column names of prompts, in any case, in order of preference."""
 _SHAPES = {
     ".json": 'a list of strings, or of objects with an "instruction"',
     ".jsonl": 'one JSON object with an "instruction" a line',
@@ -25,9 +25,9 @@ _SHAPES = {
 
 
 def read_prompts(path: str | Path) -> tuple[Prompt, ...]:
-    """The prompts of a file, in order, without white space around them; their ids are the file's stem and their place in it.
+    """The prompts of a file, in order and stripped; an id is the stem of the file and the index in it.
 
-    Raises PromptFileError, naming the file and the line or entry, where it is missing, empty or malformed.
+    Raises PromptFileError, which names the file and the line or entry, if it is missing, empty or malformed.
     """
     path = Path(path)
     if path.suffix not in _SHAPES:
@@ -43,15 +43,15 @@ def _text_of(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
-        raise PromptFileError(f"{path}: there is no such file. Check the path.") from error
+        raise PromptFileError(f"{path}: no such file. Check the path.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise PromptFileError(f"{path}: cannot be read as UTF-8 text ({error}). Save it as UTF-8.") from error
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """Each line's number and its JSON value; empty lines are passed over.
+    """Number and JSON value of each line that is not empty.
 
-    Raises PromptFileError where the file cannot be read, and at a line that is not JSON.
+    Raises PromptFileError if the file cannot be read or a line is not JSON.
     """
     for number, line in enumerate(_text_of(path).split("\n"), start=1):
         if line.strip():
@@ -59,7 +59,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _entries(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    """Each entry with the name of its place, for messages."""
+    """Each entry, and its place in the file for messages."""
     lines = enumerate(text.split("\n"), start=1)  # not splitlines: U+2028 may stand in a prompt
     if path.suffix == ".txt":
         yield from ((f"line {number}", line) for number, line in lines if line.strip())
@@ -102,7 +102,7 @@ def _parsed(path: Path, text: str, line: int) -> Any:
 
 
 def _checked(path: Path, where: str, entry: Any) -> str:
-    """The prompt's text, whatever it is wrapped in."""
+    """The text of a prompt, bare or in a column of a row."""
     if isinstance(entry, dict):
         lowered = {str(key).strip().lower(): value for key, value in entry.items()}
         named = [lowered[key] for key in _KEYS if key in lowered]
@@ -116,6 +116,6 @@ def _checked(path: Path, where: str, entry: Any) -> str:
         raise PromptFileError(f"{path}: {where} is empty or not text. Expected {_SHAPES[path.suffix]}.")
     if not encodable(entry):
         raise PromptFileError(
-            f"{path}: {where} holds half of a surrogate pair, which no text does. Mend its \\u escapes."
+            f"{path}: {where} holds half of a surrogate pair, which cannot be encoded as text. Fix its \\u escapes."
         )
     return entry.strip()

@@ -1,4 +1,4 @@
-"""Making any image fit to be shown to a model, or saying that it cannot be."""
+"""Normalising images for a model's processor."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from PIL import Image, ImageOps
 __all__ = ["DAMAGED", "UnusableImageError", "usable"]
 
 _MOST_ELONGATED = 100
-"""Some processors refuse what is longer."""
+"""Largest ratio of the sides; some processors refuse longer images."""
 _RANGES = {"I": (255, 65535), "F": (1, 255, 65535)}
-"""Of grey values by Pillow's mode."""
+"""Usual maxima of grey values by Pillow mode."""
 _LONGEST_SIDE = 2048
-"""Processors scale further down; this only keeps a 10,000 pixel wide panorama from filling memory."""
+"""In pixels. Processors scale further down; this keeps a panorama of 10,000 pixels from filling memory."""
 
 
 DAMAGED = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
-"""What Pillow raises on files that are no whole image."""
+"""Exceptions of Pillow for damaged files."""
 
 
 class UnusableImageError(Exception):
-    """The image is truncated, empty, or not an image. Never reaches the user: whoever reads images counts these in a warning."""
+    """The image is truncated, empty, or not an image. Internal: readers of images count these in a warning."""
 
 
 def usable(image: Image.Image) -> Image.Image:
     """The image's first frame, upright, in RGB on white, its longer side at most 2048 pixels.
 
-    Raises UnusableImageError where nothing can be shown.
+    Raises UnusableImageError if it cannot be read.
     """
     try:
         if min(image.size) == 0:
@@ -49,9 +49,9 @@ def usable(image: Image.Image) -> Image.Image:
 
 
 def _in_bytes(image: Image.Image) -> Image.Image:
-    """Grey values of more than a byte, scaled to one: Pillow would cut them off.
+    """Scale grey values of more than a byte to one byte; Pillow would clip them.
 
-    By the first of the usual ranges that holds them all; numbers of no usual range by their own least and largest.
+    The range is the first usual one that holds all values, otherwise their own minimum and maximum.
     """
     ranges = _RANGES.get(image.mode.partition(";")[0])
     if ranges is None:

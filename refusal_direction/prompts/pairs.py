@@ -1,4 +1,4 @@
-"""Prompts of an image and a question: harmful from MM-SafetyBench, harmless from COCO, or a folder of one's own."""
+"""Prompts of an image and a question: harmful from MM-SafetyBench, harmless from COCO, or from a folder."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import Any
 import datasets
 from PIL import Image, UnidentifiedImageError
 
-from refusal_direction.errors import DownloadError, PromptFileError, TooFewPromptsError
+from refusal_direction.errors import DownloadError, PromptFileError
 from refusal_direction.prompts.files import json_lines
 from refusal_direction.prompts.images import DAMAGED, UnusableImageError, usable
-from refusal_direction.prompts.sets import Prompt, PromptSets, encodable
+from refusal_direction.prompts.sets import Prompt, encodable
 
 __all__ = [
     "CATEGORIES",
@@ -27,7 +27,6 @@ __all__ = [
     "harmful_pairs",
     "harmless_pairs",
     "read_folder",
-    "shuffled",
 ]
 
 log = logging.getLogger(__name__)
@@ -71,7 +70,7 @@ _UNREACHABLE = (
 def harmful_pairs(source: str = HARMFUL) -> list[Prompt]:
     """Up to 50 pairs of each category; a category that cannot be loaded is named in a warning.
 
-    Raises DownloadError where none can be.
+    Raises DownloadError if no category can be loaded.
     """
     pairs: list[Prompt] = []
     reasons = []
@@ -79,7 +78,7 @@ def harmful_pairs(source: str = HARMFUL) -> list[Prompt]:
         try:
             rows = islice(_load(source, category), _PER_CATEGORY)
             pairs += _pairs(category, ((row["image"], row["question"]) for row in rows))
-        except ConnectionError as error:  # the others would not be reached either, after as many tries
+        except ConnectionError as error:  # the other categories would not be reached either
             raise DownloadError(_out_of_reach(f"{source} could not be loaded", error)) from error
         except (*_UNREACHABLE, KeyError) as error:
             reasons.append(f"{category}: {error}")
@@ -95,7 +94,7 @@ def _load(source: str, category: str) -> Iterable[Any]:
     for name in names[:-1]:
         try:
             return _undecoded(datasets.load_dataset(source, name, split="SD"))
-        except ValueError:  # there is no configuration of that name
+        except ValueError:  # no configuration has that name
             log.debug("%s has no configuration %s", source, name)
     return _undecoded(datasets.load_dataset(source, names[-1], split="SD"))
 
@@ -103,7 +102,7 @@ def _load(source: str, category: str) -> Iterable[Any]:
 def harmless_pairs(source: str = HARMLESS, seed: int = 42) -> list[Prompt]:
     """The first 500 images, each with one of five questions.
 
-    Raises DownloadError where they cannot be loaded.
+    Raises DownloadError if they cannot be loaded.
     """
     rng = Random(seed)
     try:
@@ -122,7 +121,7 @@ def _out_of_reach(what: str, error: object) -> str:
 
 
 def _undecoded(rows: Any) -> Any:
-    """Images as bytes: one that cannot be decoded must not stop the others."""
+    """Leave images as bytes, so that one that cannot be decoded does not stop the others."""
     return rows.cast_column("image", datasets.Image(decode=False))
 
 
@@ -131,7 +130,7 @@ def _first_line(error: object) -> str:
 
 
 def _pairs(name: str, rows: Iterable[tuple[Any, str]]) -> list[Prompt]:
-    """Prompts of the rows whose image can be shown; the others are counted in a warning."""
+    """Prompts of the rows whose image is usable; the others are counted in a warning."""
     pairs, unusable = [], []
     for index, (raw, question) in enumerate(rows):
         try:
@@ -139,27 +138,27 @@ def _pairs(name: str, rows: Iterable[tuple[Any, str]]) -> list[Prompt]:
         except UnusableImageError as error:
             unusable.append(f"{(raw or {}).get('path') or index}: {error}")
     if unusable:
-        log.warning("%d of the images of %s cannot be shown and are left out (%s).", len(unusable), name, unusable[0])
+        log.warning("%d of the images of %s cannot be read and are left out (%s).", len(unusable), name, unusable[0])
     return pairs
 
 
 def _opened(raw: dict[str, Any] | None) -> Image.Image:
     if raw is None:
-        raise UnusableImageError("there is none")
+        raise UnusableImageError("missing")
     try:
         return Image.open(io.BytesIO(raw["bytes"]) if raw.get("bytes") is not None else raw["path"])
-    except UnidentifiedImageError as error:  # its own words give an address in memory
-        raise UnusableImageError("it is no image that is known") from error
+    except UnidentifiedImageError as error:  # its message names an address in memory
+        raise UnusableImageError("not a known image format") from error
     except DAMAGED as error:
         raise UnusableImageError(str(error)) from error
 
 
 def read_folder(folder: Path) -> list[Prompt]:
-    """Own pairs, in the Hub's imagefolder convention: metadata.jsonl with `file_name` and `question`, images beside it.
+    """Pairs of a folder in the Hub's imagefolder convention: images, and metadata.jsonl with `file_name` and `question`.
 
-    A pair that is there twice counts once.
+    Repeated pairs count once.
 
-    Raises PromptFileError, naming the folder, where that is not what it holds.
+    Raises PromptFileError, which names the folder, if it holds anything else.
     """
     if not (folder / "metadata.jsonl").is_file():
         raise PromptFileError(
@@ -186,22 +185,3 @@ def _own_rows(folder: Path) -> Iterator[tuple[dict[str, Any], str]]:
                 f"{metadata}: line {line} names {entry['file_name'][:80]!r}, which cannot be read "
                 f"({_first_line(error)[:80]}). Put the image beside metadata.jsonl, or leave the line out."
             ) from error
-
-
-def shuffled(harmful: list[Prompt], harmless: list[Prompt], *, n_train: int, n_val: int, seed: int) -> PromptSets:
-    """Shuffle each pool with one generator, harmful first; train and validation are taken from its head.
-
-    Raises TooFewPromptsError.
-    """
-    rng = Random(seed)
-    parts = {}
-    for kind, pool in (("harmful", list(harmful)), ("harmless", list(harmless))):
-        if len(pool) < n_train + n_val:
-            raise TooFewPromptsError(
-                f"There are {len(pool)} {kind} pairs, but {n_train} + {n_val} were asked for. Lower --n_train or --n_val "
-                "(VLM_N_TRAIN, VLM_N_VAL), or add pairs."
-            )
-        rng.shuffle(pool)
-        parts[f"{kind}_train"] = tuple(pool[:n_train])
-        parts[f"{kind}_val"] = tuple(pool[n_train : n_train + n_val])
-    return PromptSets(**parts)

@@ -1,20 +1,53 @@
-"""Prompts, and the four sets of them that the method needs."""
+"""Prompts, and the sets that the method needs: one for each kind and split."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from random import Random
+from enum import Enum
+from hashlib import sha256
+from itertools import product
 from typing import TYPE_CHECKING
 
-from refusal_direction.errors import PromptError, TooFewPromptsError
+from refusal_direction.errors import PromptError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Prompt", "PromptSets", "encodable", "sample_pools", "sample_splits"]
+__all__ = ["SETS", "SETS_FOR_SELECTION", "Kind", "Prompt", "PromptSet", "PromptSets", "Split", "encodable", "set_name"]
 
-_SETS = ("harmful_train", "harmless_train", "harmful_val", "harmless_val")
+
+class Kind(Enum):
+    """The two kinds of prompts."""
+
+    HARMFUL = "harmful"
+    HARMLESS = "harmless"
+
+
+class Split(Enum):
+    """Prompts by use."""
+
+    TRAIN = "train"
+    """For the directions."""
+    VALIDATION = "val"
+    """For the scores by which one of them is selected."""
+    TEST = "test"
+    """For nothing but the final measurement."""
+
+
+PromptSet = tuple[Kind, Split]
+"""The key of a set of prompts."""
+
+SETS: tuple[PromptSet, ...] = tuple((kind, split) for split, kind in product(Split, Kind))
+"""All sets, in the order in which they are drawn."""
+SETS_FOR_SELECTION: tuple[PromptSet, ...] = tuple((kind, split) for kind, split in SETS if split is not Split.TEST)
+"""The sets that directions are made from and selected by."""
+
+
+def set_name(which: PromptSet) -> str:
+    """The name of a set in files and messages, for instance "harmful_train"."""
+    kind, split = which
+    return f"{kind.value}_{split.value}"
 
 
 @dataclass(frozen=True)
@@ -22,101 +55,76 @@ class Prompt:
     """A request to the model."""
 
     id: str
-    """Where it comes from: the file's stem and the place in it, as in "harmful_train/17"."""
+    """Its source: the stem of a file and the index in it, for instance "harmful_train/17"."""
     text: str
     image: Image | None = None
-    """The image that goes with it, in RGB."""
+    """The image that goes with the text, in RGB."""
 
 
 @dataclass(frozen=True)
 class PromptSets:
-    """Harmful and harmless prompts, to compute the direction (train) and to score it (val).
+    """Harmful and harmless prompts: to compute the direction (train), to select it (val), and to test it.
 
-    Any sequences of prompts will do; a string is a prompt of that text.
+    Each set is any sequence of prompts; a string counts as a prompt with that text. The test sets may be empty.
 
-    Raises PromptError where there is something else in one.
+    Raises PromptError where a set holds anything else.
     """
 
     harmful_train: tuple[Prompt, ...]
     harmless_train: tuple[Prompt, ...]
     harmful_val: tuple[Prompt, ...]
     harmless_val: tuple[Prompt, ...]
+    harmful_test: tuple[Prompt, ...] = ()
+    harmless_test: tuple[Prompt, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in _SETS:
+        for name in map(set_name, SETS):
             object.__setattr__(self, name, tuple(_prompts(name, getattr(self, name))))
 
-    @property
-    def everything(self) -> tuple[Prompt, ...]:
-        return self.harmful_train + self.harmless_train + self.harmful_val + self.harmless_val
+    @classmethod
+    def of(cls, sets: Mapping[PromptSet, Iterable[Prompt]]) -> PromptSets:
+        """The sets by their keys."""
+        return cls(**{set_name(which): tuple(prompts) for which, prompts in sets.items()})
 
-    def indices(self) -> dict[str, list[int]]:
-        """For each set, the places of its prompts in `everything`."""
-        places: dict[str, list[int]] = {}
+    def __getitem__(self, which: PromptSet) -> tuple[Prompt, ...]:
+        return tuple(getattr(self, set_name(which)))
+
+    @property
+    def for_selection(self) -> tuple[Prompt, ...]:
+        """The train and validation prompts, set after set."""
+        return tuple(prompt for which in SETS_FOR_SELECTION for prompt in self[which])
+
+    def indices(self) -> dict[PromptSet, list[int]]:
+        """For each train and validation set, the indices of its prompts in `for_selection`."""
+        indices: dict[PromptSet, list[int]] = {}
         begin = 0
-        for name in _SETS:
-            size = len(getattr(self, name))
-            places[name] = list(range(begin, begin + size))
-            begin += size
-        return places
+        for which in SETS_FOR_SELECTION:
+            indices[which] = list(range(begin, begin + len(self[which])))
+            begin += len(self[which])
+        return indices
+
+    def digest(self, which: PromptSet) -> str:
+        """SHA-256 of the texts of a set and then of its images."""
+        content = sha256("\0".join(prompt.text for prompt in self[which]).encode())
+        for prompt in self[which]:
+            if prompt.image is not None:
+                content.update(f"{prompt.image.size}".encode() + prompt.image.tobytes())
+        return content.hexdigest()
 
 
 def encodable(text: str) -> bool:
-    """Whether it is text: Python's strings, and JSON's escapes, can also spell half of a character."""
+    """Whether a string can be encoded: Python strings and JSON escapes can also hold half of a surrogate pair."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _prompts(name: str, given: Iterable[Prompt | str]) -> Iterator[Prompt]:
     if not isinstance(given, Iterable):
-        raise PromptError(f"{name}: {given!r} is no sequence of prompts.")
-    for place, one in enumerate([given] if isinstance(given, str) else given):
+        raise PromptError(f"{name}: {given!r} is not a sequence of prompts.")
+    for index, one in enumerate([given] if isinstance(given, str) else given):
         if not isinstance(one, Prompt | str):
             raise PromptError(f"{name}: {one!r} is neither a string nor a Prompt.")
         if not encodable(one if isinstance(one, str) else one.text):
-            raise PromptError(f"{name}: prompt {place} holds half of a surrogate pair, which no text does.")
-        yield Prompt(f"{name}/{place}", one) if isinstance(one, str) else one
-
-
-def _draw(rng: Random, pool: Sequence[Prompt], count: int, name: str, remedy: str) -> tuple[Prompt, ...]:
-    if count < 1:
-        raise TooFewPromptsError(f"{count} prompts of {name} were asked for. At least one is needed: {remedy}.")
-    if len(pool) < count:
-        raise TooFewPromptsError(
-            f"{name} has {len(pool)} prompts, but {count} were asked for. Add prompts, or lower {remedy}."
-        )
-    return tuple(rng.sample(list(pool), count))
-
-
-def sample_splits(splits: Mapping[str, Sequence[Prompt]], *, n_train: int, n_val: int, seed: int) -> PromptSets:
-    """Draw from splits that are already apart. The order of the four draws is that of the published runs.
-
-    Raises TooFewPromptsError where a split has fewer prompts than asked for.
-    """
-    rng = Random(seed)
-    drawn = {}
-    for part, count in (("train", n_train), ("val", n_val)):
-        for name in (f"harmful_{part}", f"harmless_{part}"):
-            drawn[name] = _draw(rng, splits[name], count, name, f"--n_{part}")
-    return PromptSets(**drawn)
-
-
-def sample_pools(
-    harmful: Sequence[Prompt], harmless: Sequence[Prompt], *, n_train: int, n_val: int, seed: int
-) -> PromptSets:
-    """Draw train and validation prompts, without overlap, from one pool of each kind; repeated texts count once.
-
-    Raises TooFewPromptsError where a pool has fewer prompts than n_train + n_val, PromptError where one is in both.
-    """
-    if common := {prompt.text for prompt in harmful} & {prompt.text for prompt in harmless}:
-        some = next(prompt for prompt in harmful if prompt.text in common)
-        raise PromptError(
-            f"{len(common)} of the prompts are both harmful and harmless, {some.id} among them. Leave them out of one of the files."
-        )
-    rng = Random(seed)
-    drawn = {}
-    for name, pool in (("harmful", harmful), ("harmless", harmless)):
-        distinct = list({prompt.text: prompt for prompt in pool}.values())
-        file = f"the {name} prompt file" + (", counted without repetitions," if len(distinct) < len(pool) else "")
-        both = _draw(rng, distinct, n_train + n_val, file, f"--n_train ({n_train}) or --n_val ({n_val})")
-        drawn[f"{name}_train"], drawn[f"{name}_val"] = both[:n_train], both[n_train:]
-    return PromptSets(**drawn)
+            raise PromptError(
+                f"{name}: prompt {index} holds half of a surrogate pair, which cannot be encoded as text."
+            )
+        yield Prompt(f"{name}/{index}", one) if isinstance(one, str) else one

@@ -1,4 +1,4 @@
-"""What a run notes down beside its results: what was warned of, and how long each stage took."""
+"""The record that a run keeps beside its results: warnings, the time of each stage, the largest leak."""
 
 from __future__ import annotations
 
@@ -6,8 +6,13 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
-__all__ = ["StageTimer", "recorded_warnings"]
+from refusal_direction.runtime.store import Part
+
+__all__ = ["RunLog", "StageTimer", "recorded_warnings"]
+
+log = logging.getLogger(__name__)
 
 
 class _Recorder(logging.Handler):
@@ -21,7 +26,7 @@ class _Recorder(logging.Handler):
 
 @contextmanager
 def recorded_warnings() -> Iterator[list[str]]:
-    """Collects what the package warns of, so that results can say so too."""
+    """Collect the warnings that the package logs within the context."""
     recorder = _Recorder()
     logger = logging.getLogger("refusal_direction")
     logger.addHandler(recorder)
@@ -36,10 +41,50 @@ class StageTimer:
 
     def __init__(self, seconds: dict[str, float] | None = None) -> None:
         self.seconds = {} if seconds is None else seconds
+        self._stage = ""
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        """Within the context time counts for the stage."""
-        begin = time.perf_counter()
+        """Count the time within the context for a stage."""
+        self._stage, begin = stage, time.perf_counter()
         yield
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begin
+        self.add(stage, time.perf_counter() - begin)
+
+    def add(self, stage: str, seconds: float) -> None:
+        """Count more time for a stage."""
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+
+
+@dataclass
+class _PartRecord:
+    seconds: float = 0.0
+    warnings: list[str] = field(default_factory=list)
+
+
+class RunLog(StageTimer):
+    """The stages of a run, which may resume an interrupted one."""
+
+    def __init__(self, seconds: dict[str, float] | None = None) -> None:
+        super().__init__(seconds)
+        self.leak = 0.0
+        """The largest leak that the interrupted run has recorded."""
+
+    @contextmanager
+    def part(self) -> Iterator[_PartRecord]:
+        """Record the time and the warnings of a part; the time is known after the context."""
+        record, begin = _PartRecord(), time.perf_counter()
+        with recorded_warnings() as warnings:
+            yield record
+        record.seconds, record.warnings = time.perf_counter() - begin, list(warnings)
+
+    def resume(self, part: Part, share: float = 1.0) -> None:
+        """Add the record of a part that an interrupted run has made to the present stage.
+
+        Args:
+            part: as loaded.
+            share: the share of it that is used.
+        """
+        self.add(self._stage, share * part.seconds)
+        self.leak = max(self.leak, part.leak)
+        for message in part.warnings:
+            log.warning("%s", message)

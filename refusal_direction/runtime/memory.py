@@ -1,4 +1,4 @@
-"""Memory: what is free, this process's peak on the device that computes, and what it keeps of what is freed."""
+"""Memory: free bytes of a device, peak use by this process, and reuse of freed pages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LARGEST = 2**31 - 1
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can still be taken on the device."""
+    """Bytes that can still be allocated on the device."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
@@ -23,7 +23,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory held at once so far: allocated on a CUDA device, else resident in the process."""
+    """Peak memory of this process so far: allocated on all CUDA devices, or else resident in CPU memory."""
     if device.type == "cuda":
         return sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
     if sys.platform == "win32":
@@ -35,10 +35,10 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def keep_freed(size: int) -> None:
-    """Keep up to so many bytes of freed memory for the next tensors, on Linux with glibc; elsewhere nothing changes.
+    """Keep up to `size` bytes of freed memory for the next tensors, on Linux with glibc; elsewhere do nothing.
 
-    By default each large tensor is given new pages by the system and its pages are taken away when it is freed: in a run on CPUs
-    that is a twelfth of the processors' time.
+    By default the system maps new pages for each large tensor and unmaps them when it is freed, which takes a twelfth of the
+    time of a run on CPUs.
     """
     adjust = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if adjust is not None:

@@ -1,14 +1,13 @@
-"""Several processes, one run: each takes a share of the rows, and all end up with every result.
+"""Several processes in one run: each runs a share of the rows, and all of them get every result.
 
-Started by `accelerate launch` or torchrun, which set the rank and the number of processes and end all of them when one
-dies. Only results cross between processes, as CPU tensors over gloo; each has the whole model on its own device, or a share
-of the devices.
+They are started by `accelerate launch` or torchrun, which set the rank and the number of processes, and end all of them when
+one dies. Processes exchange results alone, as CPU tensors over gloo; each has the whole model on its own device.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import accumulate, chain
@@ -19,28 +18,38 @@ from refusal_direction.errors import ConfigurationError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["all_ranks", "joined", "all_max", "local_rank", "rank", "gather_warnings", "share", "size", "all_sum"]
+__all__ = [
+    "all_ranks",
+    "joined",
+    "all_max",
+    "local_rank",
+    "rank",
+    "gather_warnings",
+    "merge_ranks",
+    "share",
+    "size",
+    "all_sum",
+]
 
 _T = TypeVar("_T")
-_PATIENCE = timedelta(days=7)  # with another process's pass over the weights; one that has died is noticed at once
-_group: Any = None  # of the processes that have met
-_REMEDY = (
-    "Start several processes by `accelerate launch` or torchrun; for one alone, unset WORLD_SIZE, RANK and LOCAL_RANK."
-)
+_K = TypeVar("_K")
+_TIMEOUT = timedelta(days=7)  # longer than any pass of another process; a process that dies is noticed at once
+_group: Any = None  # the process group, within `joined`
+_REMEDY = "Start several processes with `accelerate launch` or torchrun; for a single one, unset WORLD_SIZE, RANK and LOCAL_RANK."
 
 
 def rank() -> int:
-    """Which of the processes this is, from 0; the first alone writes and prints."""
+    """Rank of this process, from 0; only rank 0 writes and prints."""
     return _set_by_launcher("RANK", 0)
 
 
 def local_rank() -> int:
-    """Which of the processes on this machine this is."""
+    """Rank of this process among those on this machine, from 0."""
     return _set_by_launcher("LOCAL_RANK", 0)
 
 
 def size() -> int:
-    """How many processes there are."""
+    """Number of processes."""
     return _set_by_launcher("WORLD_SIZE", 1)
 
 
@@ -53,11 +62,11 @@ def _set_by_launcher(variable: str, default: int) -> int:
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Meet the other processes, and leave them at the end. Nothing to do for one alone.
+    """Join the process group, and leave it at exit; do nothing in a single process.
 
-    A process that ends without leaving can be aborted at it by threads that still wait for the others' messages.
+    A process that ends without leaving can be aborted by its threads that still wait for messages.
 
-    Raises ConfigurationError where the environment names others that cannot be met.
+    Raises ConfigurationError if the other processes that the environment announces cannot be reached.
     """
     global _group
     if size() == 1:
@@ -65,25 +74,25 @@ def joined() -> Iterator[None]:
         return
     import torch.distributed as distributed
 
-    met = distributed.is_initialized()  # a script that has launched us may have its own use of them
+    initialized = distributed.is_initialized()  # by a script that uses torch.distributed itself
     try:
-        if not met:
+        if not initialized:
             distributed.init_process_group("gloo")
-        _group = distributed.new_group(backend="gloo", timeout=_PATIENCE)
+        _group = distributed.new_group(backend="gloo", timeout=_TIMEOUT)
     except (ValueError, distributed.DistError) as error:
         raise ConfigurationError(
-            f"By WORLD_SIZE={size()} in the environment this is one of several processes, and they could not meet: "
-            f"{error}. {_REMEDY}"
+            f"WORLD_SIZE={size()} in the environment announces several processes, but they could not be joined: {error}. "
+            f"{_REMEDY}"
         ) from error
     try:
         yield
     finally:
-        distributed.destroy_process_group(_group if met else None)
+        distributed.destroy_process_group(_group if initialized else None)
         _group = None
 
 
 def share(rows: Sequence[_T], costs: Sequence[float]) -> Sequence[_T]:
-    """This process's part of the rows: consecutive, and of about the same cost as the others'."""
+    """This process's share of the rows: consecutive, and of about the same total cost in every process."""
     if size() == 1:
         return rows
     ends = list(accumulate(costs))
@@ -93,26 +102,38 @@ def share(rows: Sequence[_T], costs: Sequence[float]) -> Sequence[_T]:
 
 
 def all_ranks(here: bool) -> bool:
-    """Whether it is so in every process."""
+    """Whether `here` is true in every process."""
     import torch
 
-    return bool(_together(torch.tensor(float(here)), "MIN") == 1)
+    return bool(_all_reduce(torch.tensor(float(here)), "MIN") == 1)
 
 
 def all_max(here: float) -> float:
-    """The largest that it is in any process."""
+    """The maximum of `here` over all processes."""
     import torch
 
-    return float(_together(torch.tensor(here, dtype=torch.float64), "MAX"))
+    return float(_all_reduce(torch.tensor(here, dtype=torch.float64), "MAX"))
 
 
 def all_sum(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The sums over all processes. Each has zeros for what the others ran, so nothing is rounded."""
-    return tuple(_together(tensor, "SUM") for tensor in tensors)
+    """Sums over all processes. Exact if, as here, each entry is non-zero in one process alone."""
+    return tuple(_all_reduce(tensor, "SUM") for tensor in tensors)
+
+
+def merge_ranks(here: Mapping[_K, _T]) -> dict[_K, _T]:
+    """The entries of all processes together; tensors arrive on the CPU."""
+    if _group is None:
+        return dict(here)
+    import torch.distributed as distributed
+
+    parts: list[dict[_K, _T]] = [{} for _ in range(size())]
+    moved = {key: value.cpu() if hasattr(value, "cpu") else value for key, value in here.items()}
+    distributed.all_gather_object(parts, moved, group=_group)
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def gather_warnings(messages: Sequence[str]) -> list[str]:
-    """What other processes have to say and this one has not said."""
+    """Warnings logged only on other ranks."""
     if _group is None:
         return []
     import torch.distributed as distributed
@@ -122,7 +143,7 @@ def gather_warnings(messages: Sequence[str]) -> list[str]:
     return [message for message in dict.fromkeys(chain(*everyone)) if message not in messages]
 
 
-def _together(tensor: Tensor, how: str) -> Tensor:
+def _all_reduce(tensor: Tensor, how: str) -> Tensor:
     if _group is None:
         return tensor
     import torch.distributed as distributed

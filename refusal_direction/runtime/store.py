@@ -1,16 +1,29 @@
-"""Where finished parts of a run are kept, as the computation sees it; checkpoints.py keeps them in files."""
+"""The interface through which computations see checkpoints; `runtime.checkpoints` implements it in files."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["NO_CHECKPOINTS", "CheckpointStore", "digest"]
+__all__ = ["NO_CHECKPOINTS", "CheckpointStore", "Part", "digest"]
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A finished part of a run: its result, and the record of its making."""
+
+    tensors: Mapping[str, Tensor]
+    seconds: float = 0.0
+    """Wall time."""
+    leak: float = 0.0
+    """Largest share of an ablated stream found along its direction."""
+    warnings: tuple[str, ...] = ()
 
 
 def digest(*parts: Any) -> str:
@@ -26,19 +39,19 @@ def digest(*parts: Any) -> str:
 
 
 class CheckpointStore(Protocol):
-    """Keeps named tensors under keys."""
+    """Keeps the parts of a run under keys."""
 
     def key(self, *parts: Any) -> str:
-        """A key for what depends on nothing but these tensors and plain values."""
+        """A key for a result that depends on nothing but these tensors and plain values."""
 
-    def load(self, key: str) -> dict[str, Tensor] | None:
-        """What was kept under the key, if anything was."""
+    def load(self, key: str) -> Part | None:
+        """The part under a key, or None."""
 
-    def load_all(self, beginning: str) -> Iterator[dict[str, Tensor]]:
-        """All that was kept under keys that begin so."""
+    def load_all(self, prefix: str) -> Iterator[Part]:
+        """All parts under keys with this prefix."""
 
-    def save(self, key: str, part: Mapping[str, Tensor]) -> None:
-        """Keep a part under the key."""
+    def save(self, key: str, part: Part) -> None:
+        """Keep a part under a key."""
 
 
 class _NoCheckpoints:
@@ -47,13 +60,13 @@ class _NoCheckpoints:
     def key(self, *parts: Any) -> str:
         return ""
 
-    def load(self, key: str) -> dict[str, Tensor] | None:
+    def load(self, key: str) -> Part | None:
         return None
 
-    def load_all(self, beginning: str) -> Iterator[dict[str, Tensor]]:
+    def load_all(self, prefix: str) -> Iterator[Part]:
         return iter(())
 
-    def save(self, key: str, part: Mapping[str, Tensor]) -> None:
+    def save(self, key: str, part: Part) -> None:
         pass
 
 

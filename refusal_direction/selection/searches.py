@@ -1,259 +1,231 @@
-"""From candidates to the choice: every candidate in full, KL first, or no more than proves which is selected."""
+"""The searches: how much is measured before the selection. They differ in cost; `pruned` selects what its default would."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from math import inf
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
-from refusal_direction.config import Config
-from refusal_direction.errors import ConfigurationError, NoCandidateError
-from refusal_direction.scoring.metrics import LEAST_REFUSAL, Measure, kl_floor
-from refusal_direction.scoring.noise import Noise, ties
+from refusal_direction.config import Config, search_name
+from refusal_direction.directions import unit
+from refusal_direction.errors import NoCandidateError
+from refusal_direction.methods import difference_of_means
+from refusal_direction.prompts.sets import Kind
+from refusal_direction.scoring.metrics import LEAST_REFUSAL, Measure, entropy, kl_floor
 from refusal_direction.scoring.passes import Progress, ScoringPasses
-from refusal_direction.scoring.scores import ALL, Scores, ScoringContext, rows_of
-from refusal_direction.selection.pruned.search import Conditions, Found, ScoreRequest, search
-from refusal_direction.selection.rules import (
-    CandidateScore,
-    Rejection,
-    Selection,
-    all_admitted,
-    reasons,
-    select,
-    select_survivor,
-    selection,
-    survivors,
-    warn_of_relaxed_kl,
-    warn_of_waived_steering,
+from refusal_direction.scoring.requests import ScoringContext, request_all
+from refusal_direction.scoring.scores import CandidateScore, ScoreRequest, Scores
+from refusal_direction.selection.conditions import Conditions, Rejection
+from refusal_direction.selection.decision import (
+    Decision,
+    decide,
+    explain_no_candidate,
+    finalists,
+    relax_kl,
+    warn_kl,
+    warn_steering,
 )
+from refusal_direction.selection.pruned.planner import Hints
+from refusal_direction.selection.pruned.search import PrunedResult, search
+from refusal_direction.selection.pruned.verdicts import SearchSpace, best_possible
+from refusal_direction.selection.result import SelectionResult
+from refusal_direction.selection.ties import ties
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Float
+    from torch import Tensor
 
-__all__ = ["SelectionResult", "select_direction", "search_name"]
-
-
-@dataclass(frozen=True)
-class SelectionResult:
-    """The candidate chosen, and what it was chosen by."""
-
-    scores: Scores
-    means: tuple[CandidateScore, ...]
-    """Mean scores in (position, layer) order; NaN where not measured on every prompt."""
-    selection: Selection
-    search: str
-    """How it was found."""
-    measured: Mapping[Measure, Int[Tensor, "candidate"]] = field(repr=False)
-    """On how many prompts each candidate was run. Those of length zero are not run: their scores are the baseline's."""
-    n_sweeps: int
-    """Passes over the weights, if all rows of one fit into memory."""
-    exhaustive_evaluations: int
-    """Prompt evaluations of an exhaustive search: prompts run under an intervention."""
-    noise: Noise
-    """How far rounding alone moves mean scores, measured."""
-    n_repeated: int
-    """Rows run a second time to measure it; they are no prompt evaluations."""
-    ties: tuple[int, ...]
-    """The candidates that rounding alone may have kept from being selected instead."""
-
-    @property
-    def tied(self) -> list[CandidateScore]:
-        """The mean scores of the `ties`."""
-        return [self.means[index] for index in self.ties]
-
-    @property
-    def evaluations(self) -> int:
-        """Prompt evaluations made."""
-        return sum(int(counts.sum()) for counts in self.measured.values())
+__all__ = ["rank_heuristic", "select_direction"]
 
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What was selected, and by which conditions in the end."""
+    """A decision, and the candidates among which ties are looked for."""
 
-    chosen: Selection
+    decision: Decision
     among: Sequence[int]
-    """The candidates that met those conditions which know of no rounding: on layer, length and rank."""
-    kl: float
-    steering: float
+    """The candidates that meet the conditions that rounding does not affect: length, layer and rank."""
     at_best: Sequence[CandidateScore] = ()
-    """Where not every candidate was measured in full: the best that their means may be."""
+    """If not every candidate was measured in full: the best that their means may be."""
 
 
-def search_name(config: Config) -> str:
-    """Which search a configuration asks for.
+class _Run:
+    """One selection under way."""
 
-    Raises ConfigurationError where the rules have no such search.
+    def __init__(self, context: ScoringContext, config: Config, progress: Progress) -> None:
+        self.context, self.candidates = context, context.candidates
+        self.zero: list[bool] = context.candidates.zero.tolist()
+        self.n_layers = len(context.engine.stream.layers)
+        self.conditions = Conditions.of(config, self.n_layers, float(context.refusal(Kind.HARMLESS).mean()))
+        self.hints = _hints(context, self.n_layers)
+        layers = context.candidates.layers
+        order = [index for index in self.hints.candidates if layers[index] < self.conditions.layer_limit]
+        self.passes = ScoringPasses(context, progress, order)
+
+    def decide(self, conditions: Conditions) -> Decision:
+        """The decision by all scores measured.
+
+        Raises NoCandidateError, with the nearest misses, if no candidate meets the conditions.
+        """
+        means = self.passes.means()
+        decision = decide(means, conditions, self.zero)
+        if decision.selected is None:
+            raise NoCandidateError(explain_no_candidate(means, decision, self.zero, self.n_layers))
+        return decision
+
+
+def select_direction(context: ScoringContext, config: Config, *, progress: Progress) -> tuple[SelectionResult, Scores]:
+    """Score the candidates as the configuration asks, and select one; also returns the scores per prompt.
+
+    Raises NoCandidateError if no candidate can be selected.
     """
-    name = config.search or config.rules.searches[0]
-    if name not in config.rules.searches:
-        raise ConfigurationError(f"--search {name}: must be one of {', '.join(config.rules.searches)}.")
-    return name
-
-
-def select_direction(setting: ScoringContext, config: Config, *, progress: Progress) -> SelectionResult:
-    """Score the candidates as the configuration asks, and select one.
-
-    Raises NoCandidateError where no candidate can be selected.
-    """
-    name, sweeps = search_name(config), ScoringPasses(setting, config, progress)
-    if bool(sweeps.null.all()):
+    name, run = search_name(config), _Run(context, config, progress)
+    if all(run.zero):
         raise NoCandidateError(
             "Every candidate has length zero: harmful and harmless training prompts leave the same activations. Are they the same?"
         )
-    if name == "pruned":
-        outcome = _pruned(sweeps, config)
-    elif not config.rules.relative_steering:
-        outcome = _exhaustively(sweeps, config)
-    else:
-        outcome = _by_kl_first(sweeps, config, None if name == "exhaustive" else config.rules.top_k)
-    return _choice(sweeps, name, outcome)
+    outcome = {"exhaustive": _exhaustive, "kl_first": _kl_first, "pruned": _pruned}[name](run)
+    return _result(run, name, outcome), run.passes.scores
 
 
-def _choice(sweeps: ScoringPasses, name: str, outcome: _Outcome) -> SelectionResult:
-    assert sweeps.scores is not None, "nothing has been measured"
-    means, noise = sweeps.means(), sweeps.repeats.noise
+def _result(run: _Run, name: str, outcome: _Outcome) -> SelectionResult:
+    passes, decision = run.passes, outcome.decision
+    means, noise = passes.means(), passes.repeats.noise
+    assert decision.selected is not None, "an outcome has a selected candidate"
     return SelectionResult(
-        scores=sweeps.scores,
+        index=decision.selected,
         means=means,
-        selection=outcome.chosen,
+        rejections=decision.rejections,
+        conditions_asked=run.conditions,
+        conditions=decision.conditions,
+        n_layers=run.n_layers,
         search=name,
-        measured={m: torch.tensor([sweeps.counts[index, m] for index in range(len(means))]) for m in Measure},
-        n_sweeps=sweeps.n_sweeps,
-        exhaustive_evaluations=len(sweeps.rows(ALL)),
-        noise=Noise(**{measure.value: noise[measure] for measure in Measure}),
-        n_repeated=sweeps.n_repeated,
+        measured={measure: tuple(counts.tolist()) for measure, counts in passes.measured.items()},
+        n_passes=passes.n_passes,
+        exhaustive_evaluations=len(request_all(run.context)),
+        noise=noise,
+        n_repeated=passes.repeats.count,
         ties=ties(
             means,
-            outcome.chosen.index,
+            decision.selected,
             outcome.among,
-            kl=outcome.kl,
-            steering=outcome.steering,
+            conditions=decision.conditions,
             noise=noise,
             at_best=outcome.at_best,
         ),
     )
 
 
-def _exhaustively(sweeps: ScoringPasses, config: Config) -> _Outcome:
-    sweeps.run("Sweep 2: interventions", sweeps.rows(ALL))
-    chosen = select(
-        sweeps.means(), sweeps.setting.candidates.shape[1], thresholds=config.thresholds, null=_null(sweeps)
-    )
-    return _Outcome(chosen, among=_shallow(sweeps), kl=config.thresholds.kl, steering=config.thresholds.induce)
+def _exhaustive(run: _Run) -> _Outcome:
+    """Score every candidate, and consider them all."""
+    run.passes.run("Pass 2: interventions", request_all(run.context))
+    conditions = replace(run.conditions, top_k_candidates=None)
+    decision = run.decide(conditions)
+    limit, layers = decision.conditions.layer_limit, run.candidates.layers
+    return _Outcome(decision, [i for i, layer in enumerate(layers) if layer < limit and not run.zero[i]])
 
 
-def _by_kl_first(sweeps: ScoringPasses, config: Config, top_k: int | None) -> _Outcome:
-    """The published rule for images with text; without `top_k` every candidate is scored, and considered."""
-    n_layers = sweeps.setting.candidates.shape[1]
-    everyone = range(len(sweeps.null))
-    sweeps.run("Sweep 2: KL divergence", sweeps.rows(frozenset({Measure.KL})))
-    finalists = survivors(
-        sweeps.means(), n_layers, thresholds=config.thresholds, top_k=top_k or len(everyone), null=_null(sweeps)
-    )
-    rest = sweeps.rows(ALL - {Measure.KL}, everyone if top_k is None else finalists)
-    sweeps.run("Sweep 3: ablation and steering", rest)
-    means, baseline = sweeps.means(), _harmless_baseline(sweeps.setting)
-    chosen = select_survivor(
-        means, finalists, thresholds=config.thresholds, baseline=baseline, n_layers=n_layers, null=_null(sweeps)
-    )
-    strict = all_admitted(means, finalists, thresholds=config.thresholds, limit=sweeps.limit)
-    steering = baseline + config.thresholds.induce
-    steering = steering if any(means[i].steering_refusal >= steering for i in finalists) else -inf
-    return _Outcome(chosen, among=finalists, kl=config.thresholds.kl if strict else inf, steering=steering)
+def _kl_first(run: _Run) -> _Outcome:
+    """The published rule for images with text: the KL of all candidates, then the rest for those of lowest KL."""
+    run.passes.run("Pass 2: KL divergence", request_all(run.context, [Measure.KL]))
+    means = run.passes.means()
+    conditions = relax_kl(means, run.conditions, run.zero)
+    considered = finalists(means, conditions, run.zero)
+    rest = request_all(run.context, [Measure.ABLATION, Measure.STEERING], considered)
+    run.passes.run("Pass 3: ablation and steering", rest)
+    return _Outcome(run.decide(conditions), considered)
 
 
-def _pruned(sweeps: ScoringPasses, config: Config) -> _Outcome:
-    """The same candidate, by bounds (search/)."""
-    setting, thresholds = sweeps.setting, config.thresholds
+def _pruned(run: _Run) -> _Outcome:
+    """The same candidate, proven by bounds (pruned/)."""
+    space = SearchSpace(run.candidates.labels, tuple(run.zero))
 
-    def ask(cells: Sequence[ScoreRequest]) -> list[float]:
-        name = f"Sweep {sweeps.n_sweeps + 2}: {len({cell.candidate for cell in cells})} candidates"
-        scores = sweeps.run(name, rows_of(cells, **setting.validation))
-        return [float(scores.of(cell.measure)[cell.candidate, cell.prompt]) for cell in cells]
+    def ask(requests: Sequence[ScoreRequest]) -> list[float]:
+        name = f"Pass {run.passes.n_passes + 2}: {len({request.candidate for request in requests})} candidates"
+        return run.passes.run(name, requests)
 
-    conditions = _conditions(sweeps, config)
-    relative = config.rules.relative_steering
     found = search(
-        conditions,
-        _floors(setting),
-        hints=sweeps.hints,
+        space,
+        run.conditions,
+        _floors(run.context),
+        hints=run.hints,
         ask=ask,
-        fallbacks=relative,
-        noise=lambda: sweeps.repeats.noise,
+        noise=lambda: run.passes.repeats.noise,
     )
-    if relative and (found.conditions.kl, found.conditions.limit) != (conditions.kl, conditions.limit):
-        warn_of_relaxed_kl(thresholds, sweeps.limit)
-    if relative and found.conditions.steering != conditions.steering:
-        warn_of_waived_steering(conditions.steering)
-    return _unselected(sweeps, config, found) if found.best is None else _selected(sweeps, config, found, found.best)
-
-
-def _selected(sweeps: ScoringPasses, config: Config, found: Found, best: int) -> _Outcome:
-    why, means = reasons(config.rules, sweeps.limit, config.thresholds), sweeps.means()
-    ruled_out = {Rejection.NULL, Rejection.BROKEN, Rejection.LAYER, Rejection.RANK}
-    bounds = {measure.value: (measure.sign * found.table.bound(measure)).tolist() for measure in Measure}
+    if found.best is None:
+        return _nothing_found(run, found)
+    if found.conditions.layer_limit != run.conditions.layer_limit or (
+        found.conditions.kl_threshold != run.conditions.kl_threshold
+    ):
+        warn_kl(run.conditions)
+    if found.conditions.induce_threshold != run.conditions.induce_threshold:
+        warn_steering(run.conditions)
+    ruled_out = (Rejection.ZERO_LENGTH, Rejection.NAN, Rejection.LAYER, Rejection.RANK)
     return _Outcome(
-        chosen=selection(best, means[best], found.fates, why),
-        among=[index for index, fate in enumerate(found.fates) if fate not in ruled_out],
-        kl=found.conditions.kl,
-        steering=found.conditions.steering,
-        at_best=[
-            replace(score, **{name: bound[index] for name, bound in bounds.items()})
-            for index, score in enumerate(means)
-        ],
+        decision=Decision(found.best, found.rejections, found.conditions),
+        among=[index for index, rejection in enumerate(found.rejections) if rejection not in ruled_out],
+        at_best=best_possible(found.table, space, slack=False),
     )
 
 
-def _unselected(sweeps: ScoringPasses, config: Config, found: Found) -> _Outcome:
-    """Measure the rest and select as an exhaustive search does, which raises NoCandidateError with the nearest misses."""
-    if config.rules.relative_steering:
-        raise NoCandidateError("Every score of every candidate is NaN. Try --dtype float32.")
-    alive = torch.nonzero(~sweeps.null).flatten().tolist()
-    missing = [cell for candidate in alive for m in Measure for cell in found.table.missing(candidate, m)]
-    sweeps.run("Nothing passes; the rest, for the nearest misses", rows_of(missing, **sweeps.setting.validation))
-    chosen = select(
-        sweeps.means(), sweeps.setting.candidates.shape[1], thresholds=config.thresholds, null=_null(sweeps)
-    )
-    return _Outcome(chosen, among=_shallow(sweeps), kl=config.thresholds.kl, steering=config.thresholds.induce)
+def _nothing_found(run: _Run, found: PrunedResult) -> _Outcome:
+    """Measure the rest and decide as an exhaustive search does, which raises NoCandidateError with the nearest misses."""
+    if not run.conditions.relaxing:
+        alive = [index for index, zero in enumerate(run.zero) if not zero]
+        missing = [request for index in alive for m in Measure for request in found.table.missing(index, m)]
+        run.passes.run("No candidate passes: the rest, for the nearest misses", missing)
+    return _Outcome(run.decide(run.conditions), ())
 
 
-def _conditions(sweeps: ScoringPasses, config: Config) -> Conditions:
-    thresholds, rules = config.thresholds, config.rules
-    layers = torch.tensor(sweeps.flat.layers)
-    start = _harmless_baseline(sweeps.setting) if rules.relative_steering else 0.0
-    return Conditions(
-        layers=layers,
-        null=sweeps.null.cpu(),
-        limit=sweeps.limit,
-        kl=thresholds.kl,
-        steering=start + thresholds.induce,
-        top_k=rules.top_k or len(layers),
-    )
-
-
-def _floors(setting: ScoringContext) -> dict[Measure, Float[Tensor, "prompt"]]:
-    """Costs cannot be lower: a refusal score on either side, the KL by each prompt's own baseline."""
-    harmful, harmless = setting.validation["harmful"], setting.validation["harmless"]
+def _floors(context: ScoringContext) -> dict[Measure, Float[Tensor, "prompt"]]:
+    """The lowest possible costs: a refusal score is bounded on either side, the KL by each prompt's own baseline."""
+    harmful, harmless = context.prompts(Kind.HARMFUL), context.prompts(Kind.HARMLESS)
     return {
         Measure.ABLATION: torch.full((len(harmful),), LEAST_REFUSAL),
-        Measure.KL: torch.cat([kl_floor(setting.baseline.logits[prompt][None]) for prompt in harmless]),
+        Measure.KL: torch.cat([kl_floor(context.baseline.logits[prompt][None]) for prompt in harmless]),
         Measure.STEERING: torch.full((len(harmless),), LEAST_REFUSAL),
     }
 
 
-def _shallow(sweeps: ScoringPasses) -> list[int]:
-    """The candidates that have a length and are not of the last layers."""
-    return [i for i, layer in enumerate(sweeps.flat.layers) if layer < sweeps.limit and not sweeps.null[i]]
+def _hints(context: ScoringContext, n_layers: int) -> Hints:
+    """Candidates by `rank_heuristic`. Prompts most refused or answered stay so; high-entropy prompts should move most."""
+    refusal, logits = context.baseline.refusal.cpu(), context.baseline.logits
+    harmful, harmless = list(context.prompts(Kind.HARMFUL)), list(context.prompts(Kind.HARMLESS))
+    return Hints(
+        candidates=_promising_first(context),
+        shape={
+            Measure.ABLATION: refusal[harmful],
+            Measure.KL: torch.cat([entropy(logits[prompt][None]).cpu().double() for prompt in harmless]),
+            Measure.STEERING: -refusal[harmless],
+        },
+        depth=n_layers,
+    )
 
 
-def _null(sweeps: ScoringPasses) -> frozenset[int]:
-    return frozenset(torch.nonzero(sweeps.null).flatten().tolist())
+def _promising_first(context: ScoringContext) -> list[int]:
+    candidates = context.candidates
+    harmful, harmless = (context.train_activations(kind) for kind in Kind)
+    positions = [-1 if label.position is None else label.position for label in candidates.labels]
+    stream = harmless[:, positions, list(candidates.layers)]
+    final = difference_of_means(harmful[:, -1, -1], harmless[:, -1, -1])
+    return rank_heuristic(candidates.vectors, stream, final).argsort(descending=True).tolist()
 
 
-def _harmless_baseline(setting: ScoringContext) -> float:
-    return float(setting.baseline.refusal[setting.kept["harmless_val"]].mean())
+def rank_heuristic(
+    candidates: Float[Tensor, "candidate d_model"],
+    harmless: Float[Tensor, "harmless candidate d_model"],
+    final: Float[Tensor, "d_model"],
+) -> Float[Tensor, "candidate"]:
+    """A cheap guess at the candidates that carry refusal best: the higher, the more promising.
+
+    The length of a candidate relative to that of the stream at its site, times its cosine with the final direction.
+
+    Args:
+        candidates: the vectors.
+        harmless: activations of harmless prompts at each candidate's position and layer.
+        final: the difference of means at the last token and layer, close to the one that the head reads.
+    """
+    lengths = harmless.norm(dim=-1).mean(0, dtype=candidates.dtype)
+    return (unit(candidates) @ unit(final.to(candidates))) * candidates.norm(dim=-1) / lengths.clamp_min(1e-30)

@@ -1,9 +1,9 @@
-"""The tokens with which every prompt begins, run once for each intervention instead of once for each row.
+"""Shortcut for the prefix that all prompts share: it is run once for each intervention instead of once for each row.
 
-A chat template opens all prompts alike: the beginning of the text, whose turn it is, often a system prompt. In a causal
-decoder those tokens do not see what follows, so under one intervention they are the same for every prompt. They go through
-the layers as rows of their own (the lead), and the rest of each prompt attends to the keys and values that they leave, by
-way of the model's own cache. Whether the layers still give the same output is found out by trying.
+A chat template opens all prompts with the same tokens: beginning of text, user's turn, often a system prompt. In a causal
+decoder these tokens do not depend on later ones, so under one intervention their activations are the same for every prompt.
+They go through the layers as prefix rows, one for each intervention, and the remainder of each prompt attends to their
+keys and values through the model's own cache. A trial shows whether the layers still give the same output.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 def common_length(prompts: Sequence[Mapping[str, Tensor]], spared: int) -> int:
-    """How many leading tokens all prompts share, if the last `spared` of each are left to it."""
+    """Number of leading tokens that all prompts share, excluding each prompt's last `spared` tokens."""
     ids = [inputs["input_ids"][0] for inputs in prompts]
     length = max(0, min(len(one) for one in ids) - spared)
     for one in ids[1:]:
@@ -43,78 +43,83 @@ def common_length(prompts: Sequence[Mapping[str, Tensor]], spared: int) -> int:
     return length
 
 
-class _Lead(DynamicCache):  # type: ignore[misc]  # untyped
-    """Records what the lead's attention computes, by the first row of each microbatch."""
+class _PrefixCache(DynamicCache):  # type: ignore[misc]  # untyped
+    """Records the keys and values of the prefix rows, by the first row of each microbatch."""
 
     def __init__(self) -> None:
         super().__init__()
         self.begin = 0
-        self.seen: dict[int, tuple[Tensor, Tensor]] = {}
+        self.recorded: dict[int, tuple[Tensor, Tensor]] = {}
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.seen[self.begin] = (key_states, value_states)
+        self.recorded[self.begin] = (key_states, value_states)
         return key_states, value_states
 
 
-class _Rest(DynamicCache):  # type: ignore[misc]
-    """As long as the lead; gives each row the keys and values of its lead."""
+class _RemainderCache(DynamicCache):  # type: ignore[misc]
+    """Reports the length of the prefix, and gives each row the keys and values of its prefix row."""
 
     def __init__(self, length: int, n_layers: int) -> None:
         super().__init__()
         for layer in range(n_layers):
             nothing = torch.zeros(1, 1, length, 1)
             super().update(nothing, nothing, layer)
-        self.leads: Int[Tensor, "row"] = torch.empty(0, dtype=torch.long)
-        self.kept: tuple[Tensor, ...] = ()
+        self.prefix_rows: Int[Tensor, "row"] = torch.empty(0, dtype=torch.long)
+        self.prefix: tuple[Tensor, ...] = ()
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        leads = self.leads.to(key_states.device)
+        prefix_rows = self.prefix_rows.to(key_states.device)
         keys, values = (
-            torch.cat([kept.index_select(0, leads), new], dim=-2)
-            for kept, new in zip(self.kept, (key_states, value_states), strict=True)
+            torch.cat([prefix.index_select(0, prefix_rows), new], dim=-2)
+            for prefix, new in zip(self.prefix, (key_states, value_states), strict=True)
         )
         return keys, values
 
 
 class Prefix:
-    """The common tokens (1, token) of all prompts of a model."""
+    """The tokens (1, token) with which all prompts of a model begin, and the caches that connect them to the prompts."""
 
     def __init__(self, ids: Int[Tensor, "1 token"], skeleton: Skeleton) -> None:
         self.ids = ids
-        self._lead, self._rest = _Lead(), _Rest(ids.shape[1], len(skeleton.layers))
+        self._own, self._remainder = _PrefixCache(), _RemainderCache(ids.shape[1], len(skeleton.layers))
         takes_cache = "cache" in inspect.signature(skeleton.model.forward).parameters
         self._argument = "cache" if takes_cache else "past_key_values"  # an older name
 
-    def lead(self) -> dict[str, Any]:
-        """The model's inputs for the lead."""
-        return {"input_ids": self.ids, "attention_mask": torch.ones_like(self.ids), self._argument: self._lead}
+    def inputs(self) -> dict[str, Any]:
+        """The model's inputs for the prefix."""
+        return {"input_ids": self.ids, "attention_mask": torch.ones_like(self.ids), self._argument: self._own}
 
-    def rest(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
-        """The model's inputs for what follows the lead in prompts of one length."""
+    def remainder(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The model's inputs for the tokens after the prefix, in prompts of one length."""
         after = inputs["input_ids"][:, self.ids.shape[1] :]
-        return {**inputs, "input_ids": after, self._argument: self._rest}
+        return {**inputs, "input_ids": after, self._argument: self._remainder}
 
-    def serve(self, leads: Int[Tensor, "row"] | None, rows: slice) -> None:
-        """Say which rows go through the layer next: of the lead (`leads` is None), or with these rows of it as leads."""
-        if leads is None:
-            self._lead.begin = rows.start
+    def select(self, prefix_rows: Int[Tensor, "row"] | None, rows: slice) -> None:
+        """Select the rows that go through the layer next.
+
+        Args:
+            prefix_rows: the prefix row of every row of the length group; None if the rows are prefix rows themselves.
+            rows: the microbatch, as a slice of its length group.
+        """
+        if prefix_rows is None:
+            self._own.begin = rows.start
         else:
-            self._rest.leads = leads[rows]
+            self._remainder.prefix_rows = prefix_rows[rows]
 
-    def hand_over(self) -> None:
-        """The lead is through a layer: its keys and values serve the other rows there."""
-        parts = [self._lead.seen[begin] for begin in sorted(self._lead.seen)]
-        self._rest.kept = tuple(torch.cat(side) for side in zip(*parts, strict=True))
-        self._lead.seen.clear()
+    def publish(self) -> None:
+        """Give the other rows the keys and values of the prefix rows, once those are through a layer."""
+        microbatches = [self._own.recorded[begin] for begin in sorted(self._own.recorded)]
+        self._remainder.prefix = tuple(torch.cat(side) for side in zip(*microbatches, strict=True))
+        self._own.recorded.clear()
 
 
 def find_prefix(skeleton: Skeleton, prompts: Sequence[Mapping[str, Tensor]], spared: int) -> Prefix | None:
-    """The prefix of all prompts, where there is one and the model's layers give the same output with it run apart.
+    """The prefix of all prompts; None if there is none, or if the layers' output changes when it is run separately.
 
     Args:
-        skeleton: of the model.
-        prompts: the model's inputs for each.
-        spared: the last tokens of a prompt that are not to be shared.
+        skeleton: the model's skeleton.
+        prompts: the model's inputs for each prompt.
+        spared: number of last tokens of each prompt that are never part of the prefix.
     """
     length = common_length(prompts, spared)
     config = skeleton.model.config.get_text_config()
@@ -129,25 +134,25 @@ def find_prefix(skeleton: Skeleton, prompts: Sequence[Mapping[str, Tensor]], spa
 
 @torch.no_grad()
 def _unchanged_by(skeleton: Skeleton, prefix: Prefix, inputs: Mapping[str, Tensor]) -> bool:
-    """Whether each kind of layer gives the rest of a prompt the same output with the prefix run apart."""
+    """Whether each kind of layer gives a prompt the same output when its prefix is run separately."""
     length = prefix.ids.shape[1]
     one = torch.zeros(1, dtype=torch.long)
     try:
-        whole, lead, rest = map(skeleton.prelude, (inputs, prefix.lead(), prefix.rest(inputs)))
-        alike = _close(whole.hidden[:, length:], rest.hidden) and _close(whole.hidden[:, :length], lead.hidden)
+        whole, opening, rest = map(skeleton.prelude, (inputs, prefix.inputs(), prefix.remainder(inputs)))
+        same = _close(whole.hidden[:, length:], rest.hidden) and _close(whole.hidden[:, :length], opening.hidden)
         for index in {kind_of(layer): index for index, layer in reversed(list(enumerate(skeleton.layers)))}.values():
             with resident(skeleton.layers[index]):
                 expected = _output(skeleton, index, whole)
-                prefix.serve(None, slice(0, 1))
-                opening = _output(skeleton, index, lead)
-                prefix.hand_over()
-                prefix.serve(one, slice(0, 1))
-                found = torch.cat([opening, _output(skeleton, index, rest)], dim=1)
-                alike = alike and _close(expected, found)
+                prefix.select(None, slice(0, 1))
+                first = _output(skeleton, index, opening)
+                prefix.publish()
+                prefix.select(one, slice(0, 1))
+                found = torch.cat([first, _output(skeleton, index, rest)], dim=1)
+                same = same and _close(expected, found)
     except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        log.debug("The common prefix is not run apart: %r", error)  # a cache of another form
+        log.debug("The shared prefix is not run separately: %r", error)  # another kind of cache
         return False
-    return alike
+    return same
 
 
 def _output(skeleton: Skeleton, index: int, prelude: Prelude) -> Tensor:
@@ -155,6 +160,6 @@ def _output(skeleton: Skeleton, index: int, prelude: Prelude) -> Tensor:
 
 
 def _close(expected: Tensor, found: Tensor) -> bool:
-    """Up to rounding, by the largest element."""
+    """Whether two tensors are equal up to rounding, relative to the largest element."""
     tolerance = max(1e-5, 8 * torch.finfo(expected.dtype).eps)
     return expected.shape == found.shape and bool((expected - found).abs().max() <= tolerance * expected.abs().max())

@@ -1,8 +1,8 @@
-"""Which part of the last layer may see the last token alone.
+"""Shortcut in the last layer: its MLP is computed for the last token alone.
 
-Only the last position's logits are asked for, so in the last layer the MLP, the greater part of it, need not be computed at
-the other positions. Its output for one token is then added to all positions of the stream; those besides the last are not
-looked at. Which module that is, and whether the layer still gives the same output, is found out by trying.
+Only the logits at the last position are needed, and the MLP is the larger part of a layer. Its output for one token is
+then added at all positions of the stream, of which only the last is read. Trials show which module is the MLP, and
+whether the layer still gives the same output.
 """
 
 from __future__ import annotations
@@ -25,17 +25,20 @@ def last_token(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 @torch.no_grad()
 def token_wise_child(layer: nn.Module, call: LayerCall, hidden: Tensor) -> nn.Module | None:
-    """The largest child of the layer that need not see any token but the last for the layer's last token; or None.
+    """The largest child of the layer that needs no other token for the layer's output at the last one, or None.
 
-    `hidden` (row, token, d_model) must have at least two tokens: of one alone every child would do.
+    Args:
+        layer: the last decoder layer, its weights in memory.
+        call: its arguments for the rows of `hidden`.
+        hidden: hidden states (row, token, d_model) of at least two tokens, since with one every child would pass.
     """
     children = sorted(layer.children(), key=lambda child: -sum(weight.numel() for weight in child.parameters()))
     for child in children:
         whole, alone = (_outputs(layer, child, call, hidden, sliced=sliced) for sliced in (False, True))
         if whole is None or alone is None or not (_same(whole.child, alone.child) and _same(whole.layer, alone.layer)):
             continue
-        other = _outputs(layer, child, call, hidden, instead=_otherwise(whole.child))
-        if other is not None and torch.equal(other.layer[:, -1], whole.layer[:, -1]):
+        flipped = _outputs(layer, child, call, hidden, instead=_flipped(whole.child))
+        if flipped is not None and torch.equal(flipped.layer[:, -1], whole.layer[:, -1]):
             return child
     return None
 
@@ -54,9 +57,15 @@ def _outputs(
     sliced: bool = False,
     instead: Tensor | None = None,
 ) -> _Outputs | None:
-    """What child and layer give, the child maybe for the last token alone, or with another output `instead`.
+    """Outputs of the child and of its layer; None if the child is not called once on all tokens, or shapes do not fit.
 
-    None where the child does not take the tokens once, or its layer cannot add one to many.
+    Args:
+        layer: the layer to run.
+        child: one of its children.
+        call: the layer's arguments.
+        hidden: the layer's hidden states (row, token, d_model).
+        sliced: give the child the last token alone.
+        instead: tensor that replaces the child's output.
     """
     seen: list[Tensor] = []
     takes_tokens: list[bool] = []
@@ -82,17 +91,18 @@ def _outputs(
     return _Outputs(seen[0], output) if fits else None
 
 
-def _otherwise(output: Tensor) -> Tensor:
-    """The contrary at all tokens but the last. If the layer's last token notices, as attention does, it needs them."""
-    other = -output
-    other[:, -1] = output[:, -1]
-    return other
+def _flipped(output: Tensor) -> Tensor:
+    """The output with its sign flipped at all tokens but the last: changes the layer's last token if it depends on them."""
+    flipped = -output
+    flipped[:, -1] = output[:, -1]
+    return flipped
 
 
 def _same(whole: Tensor, alone: Tensor) -> bool:
-    """Equal at the last token up to rounding: the largest difference, and the usual one, which no large channel hides."""
+    """Whether the last token is equal up to rounding: by the largest difference, and by the median of relative ones,
+    which a channel of large values cannot hide."""
     a, b = whole[:, -1].float(), alone[:, -1].float()
     tolerance = max(1e-5, 2 * torch.finfo(whole.dtype).eps)
-    off, size = (a - b).abs(), torch.maximum(a.abs(), b.abs())
-    usual = (off / size.clamp_min(torch.finfo(torch.float32).tiny)).median()
-    return bool(off.max() <= tolerance * size.max()) and bool(usual <= tolerance)
+    difference, size = (a - b).abs(), torch.maximum(a.abs(), b.abs())
+    median = (difference / size.clamp_min(torch.finfo(torch.float32).tiny)).median()
+    return bool(difference.max() <= tolerance * size.max()) and bool(median <= tolerance)

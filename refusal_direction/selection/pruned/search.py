@@ -1,11 +1,4 @@
-"""Finding the selected candidate without scoring every one in full: by bounds, so that the choice is the same, provably.
-
-Pure decisions: nothing here knows a model. What the search wants to know it asks of a function that measures.
-
-    table     scores so far, and what they prove of means
-    verdicts  which candidates can still be selected
-    plan      what to measure next; a matter of cost, never of the result
-"""
+"""The loop of the pruned search: measure, judge, plan, until the selected candidate is proven."""
 
 from __future__ import annotations
 
@@ -17,93 +10,97 @@ from typing import TYPE_CHECKING
 import torch
 
 from refusal_direction.scoring.metrics import Measure
-from refusal_direction.selection.pruned.bounds import ScoreRequest, Table
+from refusal_direction.scoring.noise import Noise
+from refusal_direction.scoring.scores import ScoreRequest
+from refusal_direction.selection.conditions import Conditions, Rejection
+from refusal_direction.selection.pruned.bounds import Table
 from refusal_direction.selection.pruned.planner import Hints, first_round, next_round
-from refusal_direction.selection.pruned.verdicts import Conditions, Verdicts, judge
-from refusal_direction.selection.rules import Rejection
+from refusal_direction.selection.pruned.verdicts import SearchSpace, Verdicts, judge
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
     from torch import Tensor
 
-__all__ = ["Ask", "ScoreRequest", "Conditions", "Found", "Hints", "search"]
+__all__ = ["Ask", "PrunedResult", "search"]
 
 Ask = Callable[[Sequence[ScoreRequest]], Iterable[float]]
-"""Measures what the cells stand for: each call is a pass over the weights. Cells come sorted by candidate and measure."""
+"""Measures scores: each call is a pass over the weights. Requests come sorted by candidate and measure."""
 
 
-@dataclass(frozen=True)
-class Found:
-    """What the search has proven."""
+@dataclass(frozen=True, eq=False)
+class PrunedResult:
+    """The outcome of a pruned search."""
 
     best: int | None
-    """The selected candidate, measured in full; None where no candidate can be selected."""
-    fates: tuple[Rejection, ...]
+    """The selected candidate, measured in full; None if no candidate can be selected."""
+    rejections: tuple[Rejection | None, ...]
     """Why each of the others is not selected."""
     conditions: Conditions
-    """Those in force at the end: some are dropped where no candidate meets them."""
+    """The conditions in force at the end: some are dropped if they are relaxing and no candidate meets them."""
     table: Table
 
 
+def _no_noise() -> Noise:
+    return Noise(0.0, 0.0, 0.0)
+
+
 def search(
+    space: SearchSpace,
     conditions: Conditions,
     floors: Mapping[Measure, Float[Tensor, "prompt"]],
     *,
     hints: Hints,
     ask: Ask,
-    fallbacks: bool,
-    noise: Callable[[], Mapping[Measure, float]] = dict,
-) -> Found:
-    """Measure until it is proven which candidate is selected.
+    noise: Callable[[], Noise] = _no_noise,
+) -> PrunedResult:
+    """Measure until the selected candidate is proven.
 
     Args:
-        conditions: what it must meet.
-        floors: for each measure, below what its cost (see `Table`) cannot fall on each prompt.
+        space: the candidates.
+        conditions: to be met by the selected one.
+        floors: for each measure, the lowest possible cost (see `Table`) on each prompt.
         hints: guesses that save work if they are right.
-        ask: measures. NaN is an answer, too.
-        fallbacks: whether conditions that no candidate meets are dropped (images with text).
-        noise: how far rounding alone moves a mean, as known so far. What is dropped is further away than that.
+        ask: measures scores; NaN is a possible value.
+        noise: the effect of rounding on means, as known so far; candidates are rejected by a larger margin.
     """
-    table = Table(len(conditions.layers), floors)
-    judgement = judge(table, conditions)
-    if judgement.open:
-        _measure(table, first_round(table, conditions, judgement, hints=hints), ask)
+    table = Table(len(space), floors)
+    verdicts = judge(table, space, conditions)
+    if verdicts.open:
+        _measure(table, first_round(verdicts, hints), ask)
     while True:
         table.allow_for(noise())
-        judgement = judge(table, conditions)
-        if judgement.open:
-            _measure(table, next_round(table, conditions, judgement, hints=hints), ask)
+        verdicts = judge(table, space, conditions)
+        if verdicts.open:
+            _measure(table, next_round(verdicts, hints), ask)
             continue
-        step = _fall_back(table, conditions, judgement) if judgement.best is None and fallbacks else None
-        if step is None:
-            fates = tuple(map(Rejection, judgement.fates.tolist()))
-            return Found(judgement.best, fates, conditions, table)
-        conditions, cells = step
-        if cells:
-            _measure(table, cells, ask)
+        relaxed = _relax(verdicts) if verdicts.best is None and conditions.relaxing else None
+        if relaxed is None:
+            return PrunedResult(verdicts.best, verdicts.rejections, conditions, table)
+        conditions, requests = relaxed
+        if requests:
+            _measure(table, requests, ask)
 
 
-def _measure(table: Table, cells: Sequence[ScoreRequest], ask: Ask) -> None:
-    assert cells, "the search has nothing to measure, and yet nothing proven"
+def _measure(table: Table, requests: Sequence[ScoreRequest], ask: Ask) -> None:
+    assert requests, "the search has nothing to measure, and yet nothing proven"
     order = list(Measure)
-    cells = sorted(cells, key=lambda cell: (cell.candidate, order.index(cell.measure)))
-    table.enter(cells, ask(cells))
+    requests = sorted(requests, key=lambda request: (request.candidate, order.index(request.measure)))
+    table.enter(requests, ask(requests))
 
 
-def _fall_back(
-    table: Table, conditions: Conditions, judgement: Verdicts
-) -> tuple[Conditions, list[ScoreRequest]] | None:
-    """Where every candidate is out: which condition is dropped, and what must be measured first. None: all have been."""
+def _relax(verdicts: Verdicts) -> tuple[Conditions, list[ScoreRequest]] | None:
+    """Where every candidate is rejected: the conditions with one dropped, and the scores needed first; None if all are."""
+    table, conditions, fitting = verdicts.table, verdicts.conditions, verdicts.fitting
     known = table.complete(Measure.KL)
-    if (judgement.fitting & known).any():  # it is the steering that none of them meets
-        return (conditions.without_steering(), []) if conditions.steering > -inf else None
-    if judgement.fitting.any():  # dropped for something else; but it matters whether they meet the one on KL
-        return conditions, _all_kl(table, judgement.fitting & ~known)
-    if min(conditions.kl, conditions.limit) < inf:
-        return conditions.without_kl(), _all_kl(table, ~conditions.null)
+    if (fitting & known).any():  # they fail by the steering score
+        return (conditions.without_steering(), []) if conditions.induce_threshold > -inf else None
+    if fitting.any():  # rejected for another reason, but it matters whether they meet the condition on KL
+        return conditions, _all_kl(table, fitting & ~known)
+    if min(conditions.kl_threshold, conditions.layer_limit) < inf:
+        return conditions.without_kl(), _all_kl(table, ~torch.tensor(verdicts.space.zero))
     return None
 
 
 def _all_kl(table: Table, among: Bool[Tensor, "candidate"]) -> list[ScoreRequest]:
     candidates = torch.nonzero(among).flatten().tolist()
-    return [cell for candidate in candidates for cell in table.missing(candidate, Measure.KL)]
+    return [request for candidate in candidates for request in table.missing(candidate, Measure.KL)]

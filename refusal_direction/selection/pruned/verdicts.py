@@ -1,96 +1,106 @@
-"""Which candidates can still be the selected one, given bounds on their scores: the selection rules, provably."""
+"""Which candidates can still be selected, given bounds on their scores: the conditions of the selection, provably."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from math import inf
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 
+from refusal_direction.candidates import CandidateLabel
 from refusal_direction.scoring.metrics import Measure
+from refusal_direction.scoring.scores import CandidateScore
+from refusal_direction.selection.conditions import Conditions, Rejection
 from refusal_direction.selection.pruned.bounds import Table
-from refusal_direction.selection.rules import Rejection
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
-__all__ = ["Conditions", "Verdicts", "judge"]
+__all__ = ["SearchSpace", "Verdicts", "best_possible", "judge"]
 
 
 @dataclass(frozen=True)
-class Conditions:
-    """What the selected candidate must meet."""
+class SearchSpace:
+    """The candidates of a search."""
 
-    layers: Int[Tensor, "candidate"]
-    """Each candidate's layer."""
-    null: Bool[Tensor, "candidate"]
-    """Candidates of length zero: never selected, never measured."""
-    limit: float
-    """Candidates from this layer on are discarded."""
-    kl: float
-    """Likewise those of a larger mean KL divergence."""
-    steering: float
-    """Likewise those of a smaller mean steering score."""
-    top_k: int
-    """Only so many of lowest KL are considered, of those that meet the conditions on layer and KL."""
+    labels: tuple[CandidateLabel, ...]
+    zero: tuple[bool, ...]
+    """Which of them have length zero: these are never selected and never measured."""
 
-    def without_kl(self) -> Conditions:
-        """Where no candidate meets the conditions on layer and KL, both are dropped."""
-        return replace(self, limit=inf, kl=inf)
+    def __len__(self) -> int:
+        return len(self.labels)
 
-    def without_steering(self) -> Conditions:
-        """Where none of those considered steers far enough, that condition is dropped."""
-        return replace(self, steering=-inf)
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layer of each candidate."""
+        return tuple(label.layer for label in self.labels)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Verdicts:
-    """What the bounds prove."""
+    """The conclusions from the bounds."""
 
-    fates: Int[Tensor, "candidate"]
+    table: Table
+    space: SearchSpace
+    conditions: Conditions
+    rejections: tuple[Rejection | None, ...]
+    """Why each candidate cannot be selected; None for the best one and the open ones."""
     best: int | None
     """Of the candidates that are complete and proven to meet the conditions, the one with the lowest ablation score."""
     fitting: Bool[Tensor, "candidate"]
-    """Which candidates meet the conditions on layer and KL, for all that is known."""
+    """Which candidates meet the conditions on length, layer and KL, as far as is known."""
 
-    @property
+    @cached_property
     def open(self) -> list[int]:
         """The candidates that may still be selected instead of the best."""
-        return torch.nonzero(self.fates == Rejection.OPEN).flatten().tolist()
+        return [i for i, rejection in enumerate(self.rejections) if rejection is None and i != self.best]
+
+    @property
+    def top_k(self) -> int:
+        """The number of candidates of lowest KL that are considered."""
+        return self.conditions.top_k_candidates or len(self.space)
 
 
-def judge(table: Table, conditions: Conditions) -> Verdicts:
-    """Sort out the candidates that cannot be selected, whatever their scores on the prompts not measured."""
-    kl, known = table.least(Measure.KL), table.complete(Measure.KL)
-    too_deep = conditions.layers >= conditions.limit
-    fitting = ~(conditions.null | table.broken(Measure.KL) | too_deep | (kl > conditions.kl))
-    surely_ahead = _before(kl, fitting & known)
-    ahead = _before(kl, fitting)
-    fates = torch.full_like(conditions.layers, Rejection.OPEN)
-    for fate, holds in (  # the later ones go before
-        (Rejection.STEERING, table.least(Measure.STEERING) > -conditions.steering),
-        (Rejection.RANK, surely_ahead >= conditions.top_k),
-        (Rejection.KL, kl > conditions.kl),
-        (Rejection.LAYER, too_deep),
-        (Rejection.BROKEN, torch.stack([table.broken(measure) for measure in Measure]).any(0)),
-        (Rejection.NULL, conditions.null),
-    ):
-        fates[holds] = fate
-    proven = (fates == Rejection.OPEN) & table.whole() & (ahead < conditions.top_k)
+def best_possible(table: Table, space: SearchSpace, *, slack: bool = True) -> list[CandidateScore]:
+    """The best mean scores that each candidate may have, rounding included if `slack`; NaN if a measured score is NaN."""
+    bound = table.least if slack else table.bound
+    columns = {measure.value: (measure.sign * bound(measure)).tolist() for measure in Measure}
+    return [
+        CandidateScore(label, **{name: column[index] for name, column in columns.items()})
+        for index, label in enumerate(space.labels)
+    ]
+
+
+def judge(table: Table, space: SearchSpace, conditions: Conditions) -> Verdicts:
+    """Reject the candidates that cannot be selected, whatever their scores on the prompts not measured."""
+    possible, kl = best_possible(table, space), table.least(Measure.KL)
+    fits = [conditions.fits(score, zero=zero) for score, zero in zip(possible, space.zero, strict=True)]
+    fitting = torch.tensor(fits)
+    certainly_ahead = _ahead(kl, fitting & table.complete(Measure.KL)).tolist()
+    rejections = [
+        conditions.rejection(score, zero=space.zero[index], ahead=certainly_ahead[index])
+        for index, score in enumerate(possible)
+    ]
+    remaining = torch.tensor([rejection is None for rejection in rejections])
+    top_k = conditions.top_k_candidates or len(space)
+    proven = remaining & table.whole() & (_ahead(kl, fitting) < top_k)
     ablation = table.least(Measure.ABLATION)
     best = _best(ablation, proven)
     if best is not None:
-        fates[(fates == Rejection.OPEN) & _comes_after(ablation, best)] = Rejection.BEATEN
-        fates[best] = Rejection.BEST
-    return Verdicts(fates, best, fitting)
+        worse = _comes_after(ablation, best).tolist()
+        rejections = [
+            Rejection.NOT_BEST if rejection is None and worse[index] else rejection
+            for index, rejection in enumerate(rejections)
+        ]
+    return Verdicts(table, space, conditions, tuple(rejections), best, fitting)
 
 
-def _before(kl: Float[Tensor, "candidate"], among: Bool[Tensor, "candidate"]) -> Int[Tensor, "candidate"]:
-    """For each candidate, how many of the others come before it: with a lower KL, or an equal one and standing first.
+def _ahead(kl: Float[Tensor, "candidate"], among: Bool[Tensor, "candidate"]) -> Int[Tensor, "candidate"]:
+    """For each candidate, the number of others that come before it by KL; of equals the first comes first.
 
-    Of others it may be a lower bound: then the KL itself is larger, by the slack if nothing else, and so is no tie.
+    The KL of others may be a lower bound: then the KL itself is larger, by the slack at least, and so is never equal.
     """
     index = torch.arange(len(kl))
     other, one = (..., None), (None, ...)
@@ -101,11 +111,11 @@ def _before(kl: Float[Tensor, "candidate"], among: Bool[Tensor, "candidate"]) ->
 
 def _best(ablation: Float[Tensor, "candidate"], proven: Bool[Tensor, "candidate"]) -> int | None:
     """The proven candidate with the lowest ablation score; of equals the first."""
-    places: list[int] = torch.nonzero(proven).flatten().tolist()
-    return min(places, key=lambda place: float(ablation[place]), default=None)
+    indices: list[int] = torch.nonzero(proven).flatten().tolist()
+    return min(indices, key=lambda index: float(ablation[index]), default=None)
 
 
 def _comes_after(ablation: Float[Tensor, "candidate"], best: int) -> Bool[Tensor, "candidate"]:
-    """Which candidates the best one goes before, though theirs are lower bounds."""
+    """Candidates whose lower bound already loses to `best`."""
     behind = torch.arange(len(ablation)) > best
     return (ablation > ablation[best]) | ((ablation == ablation[best]) & behind)
