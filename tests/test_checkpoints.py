@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from copy import deepcopy
@@ -23,6 +20,7 @@ from refusal_direction.engine import Engine
 from refusal_direction.models.refusal_tokens import RefusalTokens
 from refusal_direction.prompts.sets import Prompt
 from refusal_direction.runtime.checkpoints import Checkpoints, fingerprint
+from tests import forked
 from tests.families import FAMILIES, build
 from tests.problems import engine_of, make_problem, solve
 
@@ -272,36 +270,36 @@ def test_a_run_that_fell_back_resumes_as_it_was(tmp_path: Path, monkeypatch: pyt
 # Real runs, really killed
 
 
-def command(output: Path, *flags: str) -> list[str]:
-    script = str(Path(__file__).parent.parent / "extract_refusal_direction.py")
+def arguments(output: Path, *flags: str) -> list[str]:
     few = ["--model_id", "demo", "--n_train", "24", "--n_val", "12", "--memory_budget", "6MiB"]
-    return [sys.executable, script, *few, "--output_dir", str(output), *flags]
+    return ["extract_refusal_direction.py", *few, "--output_dir", str(output), *flags]
 
 
 def finished_parts(output: Path) -> set[Path]:
     return set(output.glob(".unfinished/*/*.safetensors"))
 
 
+def kill_after_one_more_part(output: Path, *flags: str, delay: float) -> None:
+    before = len(finished_parts(output))
+    run = forked.start(arguments(output, *flags))
+    while run.poll() is None and len(finished_parts(output)) == before:
+        time.sleep(0.005)
+    time.sleep(delay)
+    run.kill()
+    run.wait()
+
+
 def test_a_killed_run_goes_on_where_it_was_and_ends_alike(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command(whole), check=True, capture_output=True, env=environment, timeout=120)
-    rng, flags = random.Random(0), []
-    for _ in range(3):
-        before = len(finished_parts(killed))
-        with subprocess.Popen(
-            command(killed, *flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
-        ) as run:
-            while run.poll() is None and len(finished_parts(killed)) == before:
-                time.sleep(0.005)
-            time.sleep(rng.uniform(0, 0.1))
-            run.kill()
-        flags = ["--resume"]
-    kept = finished_parts(killed)
-    assert kept  # control: it was killed in the middle
+    assert forked.run(arguments(whole)).returncode == 0
+    rng = random.Random(0)
+    for flags in ((), ("--resume",), ("--resume",)):
+        kill_after_one_more_part(killed, *flags, delay=rng.uniform(0, 0.1))
+    assert finished_parts(killed)  # control: it was killed in the middle
     assert not (killed / "run.json").exists()
-    done = subprocess.run(command(killed, "--resume"), check=True, capture_output=True, env=environment, timeout=120)
-    assert b"nothing to resume" not in done.stderr
+    done = forked.run(arguments(killed, "--resume"))
+    assert done.returncode == 0, done.stderr
+    assert "nothing to resume" not in done.stderr
     assert not finished_parts(killed)
     for name, expected in load_file(whole / "per_prompt_scores.safetensors").items():
         found = load_file(killed / "per_prompt_scores.safetensors")[name]

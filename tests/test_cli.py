@@ -16,6 +16,7 @@ from refusal_direction.errors import UnsupportedModelError
 from refusal_direction.output import text as report
 from refusal_direction.output.artifacts import file_names
 from refusal_direction.scoring import passes as sweeps
+from tests import forked
 
 ROOT = Path(__file__).parent.parent
 FEW = ["--model_id", "demo", "--n_train", "24", "--n_val", "12"]
@@ -261,45 +262,38 @@ def test_a_bug_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         run(output=tmp_path)
 
 
+SCRIPT = "extract_refusal_direction.py"
+
+
 def test_a_terminal_that_knows_few_characters_gets_the_table_all_the_same(tmp_path: Path):
-    done = subprocess.run(
-        [sys.executable, "extract_refusal_direction.py", *FEW, "--output_dir", str(tmp_path)],
-        cwd=ROOT,
-        capture_output=True,
-        env={**os.environ, "PYTHONIOENCODING": "ascii"},
-    )
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert b"Ablation refusal score" in done.stdout
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = forked.run([SCRIPT, *FEW, "--output_dir", str(tmp_path)], env=env)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Ablation refusal score" in done.stdout
+    assert done.stdout.isascii()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
 def test_a_table_that_cannot_be_written_is_an_error_and_results_stay(tmp_path: Path):
-    command = [sys.executable, "extract_refusal_direction.py", *FEW, "--output_dir", str(tmp_path)]
     with Path("/dev/full").open("wb") as full:
-        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE)
+        done = forked.run([SCRIPT, *FEW, "--output_dir", str(tmp_path)], stdout=full)
     assert done.returncode == 2
-    assert b"Error: What is to be printed could not be written" in done.stderr
-    assert b"Traceback" not in done.stderr
+    assert "Error: What is to be printed could not be written" in done.stderr
+    assert "Traceback" not in done.stderr
     assert {path.name for path in tmp_path.iterdir()} == set(file_names(TEXT))
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="there is no shell to close it")
-def test_a_closed_output_is_no_error(tmp_path: Path):
-    command = [sys.executable, "extract_refusal_direction.py", *FEW, "--output_dir", str(tmp_path)]
-    done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *command], cwd=ROOT, stderr=subprocess.PIPE)
-    assert (done.returncode, done.stderr) == (0, b"")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no such pipe")
 def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path):
-    command = [sys.executable, "extract_refusal_direction.py", *FEW, "--output_dir", str(tmp_path)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
-        assert running.stdout is not None
-        assert running.stderr is not None
-        running.stdout.close()
-        assert running.stderr.read() == b""
-    assert running.returncode == 0
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = forked.run([SCRIPT, *FEW, "--output_dir", str(tmp_path)], stdout=writer)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
     assert {path.name for path in tmp_path.iterdir()} == set(file_names(TEXT))
+
+
+# Really fresh processes
 
 
 @pytest.mark.parametrize("command", [["extract_refusal_direction.py"], ["-m", "refusal_direction"]])
@@ -313,8 +307,15 @@ def test_every_way_of_starting_it_works_and_is_quiet(command: list[str], tmp_pat
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no shell to close it")
+def test_a_closed_output_is_no_error(tmp_path: Path):
+    command = [sys.executable, SCRIPT, *FEW, "--output_dir", str(tmp_path)]
+    done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *command], cwd=ROOT, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no shell to close it")
 def test_closed_messages_are_no_error(tmp_path: Path):
-    command = [sys.executable, "extract_refusal_direction.py", *FEW, "--output_dir", str(tmp_path)]
+    command = [sys.executable, SCRIPT, *FEW, "--output_dir", str(tmp_path)]
     done = subprocess.run(["sh", "-c", 'exec "$@" 2>&-', "sh", *command], cwd=ROOT, stdout=subprocess.PIPE)
     assert done.returncode == 0
     assert b"Ablation refusal score" in done.stdout

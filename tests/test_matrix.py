@@ -6,6 +6,7 @@ The oracle (tests/oracles/stream.py, one_by_one.py) is told where a family's lay
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from refusal_direction.errors import UnsupportedModelError
 from tests.families import FAMILIES, build, layers_of
 from tests.families.document import PATH, document, documented_lines, documented_version, line
 from tests.families.examination import Finding, examine, is_there, row_names
-from tests.families.tables import TEXT_FAMILIES, UNTRIED, VISION_FAMILIES
+from tests.families.tables import CORE, TEXT_FAMILIES, UNTRIED, VISION_FAMILIES, words
 from tests.families.vision import build_vision
 from tests.oracles import reference, stream
 from tests.problems import as_inputs, known
@@ -30,8 +31,17 @@ LEAK_TOLERANCE = 1e-5
 CONTROL = 20
 """How many times the tolerance what is not tolerated has to be, for the comparison to mean something."""
 
-every_row = pytest.mark.parametrize(("kind", "name"), row_names(), ids=lambda value: value)
 TABLES = {"text": TEXT_FAMILIES, "vision": VISION_FAMILIES}
+
+
+def rows(names: Iterable[tuple[str, str]]) -> pytest.MarkDecorator:
+    """One test for each; module scope brings those of one family together, which are then examined once."""
+    each = [pytest.param(*row, marks=() if row in CORE else pytest.mark.extended) for row in names]
+    return pytest.mark.parametrize(("kind", "name"), each, ids=str, scope="module")
+
+
+every_row = rows(row_names())
+refused_row = rows(row for row in row_names() if TABLES[row[0]][row[1]].refused)
 
 # libraries that this machine has not: the families' own slower code runs instead
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch.*", "ignore::UserWarning:transformers.*")
@@ -56,9 +66,7 @@ def test_scores_and_stream_are_the_oracles_or_the_family_is_refused_with_the_rea
     assert finding.leak < LEAK_TOLERANCE
 
 
-@pytest.mark.parametrize(
-    ("kind", "name"), [row for row in row_names() if TABLES[row[0]][row[1]].refused], ids=lambda value: value
-)
+@refused_row
 def test_a_refused_family_is_not_ablated_by_hand_either(kind: str, name: str) -> None:
     if not is_there(kind, name):
         pytest.skip(f"transformers {transformers.__version__} has no {TABLES[kind][name].model_type}")
@@ -79,13 +87,19 @@ def test_documented_row_is_what_is_found(kind: str, name: str) -> None:
     assert row == expected, "run: python -m tests.families"
 
 
-def test_page_is_made_of_the_tables_and_nothing_else() -> None:
-    if not all(is_there(*row) for row in row_names()):
-        pytest.skip(f"transformers {transformers.__version__} has not every family of the tables")
-    text = document({row: examine(*row) for row in row_names()})
-    if documented_version() != transformers.__version__:
-        pytest.skip(f"the page is of transformers {documented_version()}, here is {transformers.__version__}")
-    assert PATH.read_text("utf-8") == text, "run: python -m tests.families"
+def test_page_is_made_of_its_rows_and_nothing_else() -> None:
+    """Which rows those are, the test above says."""
+    found = documented_lines()
+    assert set(found) == set(row_names())
+    assert PATH.read_text("utf-8") == document(found, documented_version()), "run: python -m tests.families"
+
+
+def test_the_core_has_every_trait_and_every_reason_that_several_families_share() -> None:
+    assert set(row_names()) >= CORE
+    shared = {value for name, value in vars(words).items() if name.isupper()}
+    core = [TABLES[kind][name] for kind, name in CORE]
+    assert {one for one in shared if not any(one in row.notable or one == row.refused for row in core)} == set()
+    assert {("text", name) for name in FAMILIES} <= CORE
 
 
 def test_readme_has_the_counts_of_the_page() -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import subprocess
 import sys
 
 import pytest
+
+from tests import forked
 
 FAULTS = """
 import resource, torch
@@ -31,6 +32,5 @@ print(by_default, faults())
 )
 def test_tensors_are_given_the_pages_of_those_before_them() -> None:
     """By default 40 MiB are taken from the system and given back fifty times, 4 KiB at a time or 2 MiB with huge pages."""
-    run = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
-    by_default, kept = map(int, run.stdout.split())
+    by_default, kept = map(int, forked.run(["-c", FAULTS]).stdout.split())
     assert kept < by_default / 10

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryFile
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,6 +22,7 @@ from refusal_direction import cli
 from refusal_direction.config import TEXT
 from refusal_direction.output.artifacts import file_names
 from refusal_direction.runtime import processes
+from tests import forked
 from tests.families import TEXT_FAMILIES, build
 from tests.problems import engine_of, make_problem, solve
 
@@ -26,32 +30,48 @@ ROOT = Path(__file__).parent.parent
 FEW = ["--model_id", "demo", "--n_train", "24", "--n_val", "12"]
 
 
-def launched(count: int, output: Path, *arguments: str) -> subprocess.Popen[str]:
-    """A run by so many processes, each with one thread."""
+SCRIPT = str(ROOT / "extract_refusal_direction.py")
+
+
+def launched(output: Path, *arguments: str) -> subprocess.Popen[str]:
+    """A run by two processes as the documentation starts them, with the launcher and everything."""
     launcher = ["-m", "accelerate.commands.launch", "--multi_gpu"]  # its name for several processes, GPU or not
     launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    launcher += ["--num_processes", str(count), "--main_process_port", str(_free_port())]
-    script = [str(ROOT / "extract_refusal_direction.py"), *FEW, "--output_dir", str(output), *arguments]
-    command = [sys.executable, *(launcher if count > 1 else []), *script]
+    launcher += ["--num_processes", "2", "--main_process_port", str(_free_port())]
     return subprocess.Popen(
-        command,
+        [sys.executable, *launcher, SCRIPT, *FEW, "--output_dir", str(output), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         cwd=output.parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         start_new_session=True,
     )
 
 
-@pytest.mark.parametrize("search", ["exhaustive", "pruned"])
-def test_two_processes_write_the_artifacts_of_one(search: str, tmp_path: Path) -> None:
-    one, two = tmp_path / "one", tmp_path / "two"
-    for count, output in ((1, one), (2, two)):
-        run = launched(count, output, "--search", search)
-        out, err = run.communicate(timeout=120)
-        assert run.returncode == 0, err
-        assert out.count("| Metric") == 1  # the first process alone prints
+def environment_of(count: int) -> dict[str, str]:
+    return {**os.environ, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+
+
+def as_ranks(arguments: Sequence[str], count: int) -> list[str]:
+    """What processes print that run a command and meet; all must end well."""
+    meeting = environment_of(count)
+    with ExitStack() as stack:
+        printed = [stack.enter_context(TemporaryFile("w+", encoding="utf-8")) for _ in range(count)]
+        said = stack.enter_context(TemporaryFile("w+", encoding="utf-8"))
+        each = [
+            forked.start(arguments, stdout=out, stderr=said, env={**meeting, "RANK": str(rank)})
+            for rank, out in enumerate(printed)
+        ]
+        codes = [process.wait() for process in each]
+        for file in (*printed, said):
+            file.seek(0)
+        assert codes == [0] * count, said.read()
+        return [out.read() for out in printed]
+
+
+def assert_alike(one: Path, two: Path) -> None:
+    """The artifacts of one process and of two."""
     assert {path.name for path in two.iterdir()} == set(file_names(TEXT))
     assert [json.loads((folder / "run.json").read_text())["engine"]["processes"] for folder in (one, two)] == [1, 2]
     scores = [load_file(folder / "per_prompt_scores.safetensors") for folder in (one, two)]
@@ -62,16 +82,61 @@ def test_two_processes_write_the_artifacts_of_one(search: str, tmp_path: Path) -
     assert [chosen[0][key] for key in ("position", "layer")] == [chosen[1][key] for key in ("position", "layer")]
 
 
-def test_a_process_that_dies_ends_the_run_and_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("search", ["exhaustive", "pruned"])
+def test_two_processes_write_the_artifacts_of_one(search: str, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert cli.main([*FEW, "--output_dir", str(one), "--search", search]) == 0
+    first, second = as_ranks([SCRIPT, *FEW, "--output_dir", str(two), "--search", search], 2)
+    assert (first.count("| Metric"), second) == (1, "")  # the first process alone prints
+    assert_alike(one, two)
+
+
+@pytest.mark.extended  # the launcher and both processes start afresh, which takes long
+def test_two_launched_processes_write_the_artifacts_of_one(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert cli.main([*FEW, "--output_dir", str(one)]) == 0
+    run = launched(two)
+    out, err = run.communicate()
+    assert run.returncode == 0, err
+    assert out.count("| Metric") == 1
+    assert_alike(one, two)
+
+
+LONG = ["--n_val", "60", "--n_train", "120", "--memory_budget", "16MiB"]
+"""A run of several passes."""
+
+
+def has_begun(output: Path) -> bool:
+    """Whether the processes have met and computed something."""
+    return any(output.glob(".unfinished/*/*.safetensors"))
+
+
+@pytest.mark.extended
+def test_a_launched_process_that_dies_ends_the_run_and_leaves_nothing(tmp_path: Path) -> None:
     output = tmp_path / "out"
-    run = launched(2, output, "--n_val", "60", "--n_train", "120")
-    victim = _child(run.pid)
-    os.kill(victim, signal.SIGKILL)
-    begin = time.monotonic()
-    run.communicate(timeout=60)
+    run = launched(output, *LONG)
+    while not has_begun(output):
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.02)
+    survivor, victim = (_child(run.pid, rank) for rank in ("0", "1"))
+    victim.kill()
+    run.communicate()
     assert run.returncode != 0
-    assert time.monotonic() - begin < 60
-    assert not output.exists() or not {path.name for path in output.iterdir()} & set(file_names(TEXT))
+    assert not survivor.is_running()
+    assert not {path.name for path in output.iterdir()} & set(file_names(TEXT))
+
+
+def test_a_process_whose_partner_dies_ends_in_an_error_and_leaves_nothing(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    arguments, meeting = [SCRIPT, *FEW, *LONG, "--output_dir", str(output)], environment_of(2)
+    first, second = (forked.start(arguments, env={**meeting, "RANK": rank}) for rank in ("0", "1"))
+    while not has_begun(output):
+        assert (first.poll(), second.poll()) == (None, None)
+        time.sleep(0.02)
+    second.kill()
+    second.wait()
+    assert first.wait() not in (0, None)
+    assert not {path.name for path in output.iterdir()} & set(file_names(TEXT))
 
 
 def _free_port() -> int:
@@ -80,20 +145,10 @@ def _free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def _child(parent: int) -> int:
-    """The second of the processes, once it computes."""
-    import psutil
-
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        for process in psutil.Process(parent).children(recursive=True):
-            try:
-                if process.environ().get("RANK") == "1" and process.cpu_times().user > 2:
-                    return int(process.pid)
-            except psutil.Error:
-                continue
-        time.sleep(0.1)
-    raise AssertionError("the second process did not start")
+def _child(parent: int, rank: str) -> psutil.Process:
+    children = psutil.Process(parent).children(recursive=True)
+    (found,) = [process for process in children if process.environ().get("RANK") == rank]
+    return found
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
@@ -146,21 +201,7 @@ def test_an_environment_of_processes_that_cannot_meet_is_explained(
 
 
 def together(program: str, count: int = 2) -> list[str]:
-    """What processes print that run a program and meet; all must end well."""
-    environment = {**os.environ, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-    each = [
-        subprocess.Popen(
-            [sys.executable, "-c", program],
-            cwd=ROOT,
-            env={**environment, "RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(count)
-    ]
-    printed = [process.communicate(timeout=120)[0] for process in each]
-    assert [process.returncode for process in each] == [0] * count
-    return printed
+    return as_ranks(["-c", program], count)
 
 
 @pytest.mark.parametrize("error", [False, True])
@@ -216,6 +257,7 @@ SOLVED = """
 import torch
 from refusal_direction.runtime import processes
 from refusal_direction.engine import Engine
+from tests import forked
 from tests.families import TEXT_FAMILIES, build
 from tests.problems import engine_of, make_problem, solve
 

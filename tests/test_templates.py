@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import replace
-from datetime import datetime
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from transformers.utils import chat_template_utils
 
 from refusal_direction import ChatModel
 from refusal_direction.errors import ChatTemplateError
@@ -29,21 +26,6 @@ def chat_of(name: str) -> ChatModel:
     """A format's tokenizer without a model."""
     model: Any = SimpleNamespace(config=SimpleNamespace(model_type="none"))
     return ChatModel(model, tokenizer_for(FORMATS[name]), name)
-
-
-@pytest.fixture
-def another_day(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The clock that templates read is years ahead."""
-
-    class Later(datetime):
-        @classmethod
-        def now(cls, tz: Any = None) -> datetime:
-            return datetime(2031, 12, 5, 23, 59)
-
-    monkeypatch.setattr(chat_template_utils, "datetime", Later)
-    chat_template_utils._compile_jinja_template.cache_clear()
-    yield
-    chat_template_utils._compile_jinja_template.cache_clear()
 
 
 @every
@@ -68,16 +50,12 @@ def test_the_beginning_of_sequence_is_written_once_where_the_template_writes_it(
     assert chat.encode("Hi").count(chat.tokenizer.bos_token_id) == format.prompt.count(format.tokens[0])
 
 
-@every
-def test_todays_date_changes_nothing(name: str, another_day: None):
-    assert chat_of(name).render("Hi") == FORMATS[name].prompt
-
-
-def test_the_clock_of_the_test_above_is_the_one_that_templates_read(another_day: None):
-    """Control."""
-    chat = chat_of("mistral small")
-    shown = chat.tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
-    assert "2031-12-05" in shown
+def test_a_template_that_reads_the_clock_would_show_today_by_itself():
+    """Control of the requests above, which are of a fixed date whenever they are rendered."""
+    shown = chat_of("mistral small").tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    assert "The current date is " in shown
+    assert "The current date is 2024-07-26" in FORMATS["mistral small"].prompt
+    assert "2024-07-26" not in shown
 
 
 @pytest.mark.parametrize(

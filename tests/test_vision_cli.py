@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +20,7 @@ from refusal_direction.models import refusal_tokens
 from refusal_direction.models.loading import load_vision_model
 from refusal_direction.output.artifacts import file_names
 from refusal_direction.prompts import pairs as vision
+from tests import forked
 from tests.families import D_MODEL, N_LAYERS
 from tests.processors import save_paligemma2
 
@@ -352,13 +351,12 @@ def test_a_loaded_model_and_pairs_can_be_given_from_python(run: Run, made: Path,
     assert torch.allclose(direction.vector, found.direction.vector, atol=1e-5)
 
 
-# what the package gets wrong at present: sentences that ought to be true, strict, so that the fix shows
-
-
 def test_a_direction_of_length_zero_is_never_selected(run: Run, tmp_path: Path) -> None:
-    """The last tokens are often the same in every prompt, and so is what layer 0 gets there."""
-    if run("--kl_threshold", "1e-9") == 0:
-        assert load_direction(tmp_path / "out").vector.norm() > 0
+    """The last tokens are often the same in every prompt, and so is what layer 0 gets there; such a KL is 0."""
+    assert run("--kl_threshold", "1e-9", "--induce_threshold", "-50") == 0
+    candidates = torch.load(tmp_path / "out" / "candidate_directions_vlm.pt", weights_only=True)
+    assert (candidates.norm(dim=-1) == 0).any()  # control
+    assert load_direction(tmp_path / "out").vector.norm() > 0
 
 
 def test_a_single_validation_prompt_has_no_standard_error(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -370,12 +368,9 @@ def test_a_single_validation_prompt_has_no_standard_error(run: Run, capsys: pyte
 def test_the_script_says_nothing_but_the_results(made: Path, tmp_path: Path) -> None:
     arguments = [*where(made), "--skip_filter", "--kl_threshold", "100", "--induce_threshold", "-50"]
     environment = {key: value for key, value in os.environ.items() if key != "TRANSFORMERS_VERBOSITY"}
-    done = subprocess.run(
-        [sys.executable, "extract_refusal_direction_vlm.py", *arguments, "--output_dir", str(tmp_path / "out")],
-        cwd=ROOT,
+    done = forked.run(
+        ["extract_refusal_direction_vlm.py", *arguments, "--output_dir", str(tmp_path / "out")],
         env={**environment, "VLM_N_TRAIN": "4", "VLM_N_VAL": "3"},
-        capture_output=True,
-        text=True,
     )
     assert done.returncode == 0
     (said,) = done.stderr.splitlines()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -139,13 +140,34 @@ def test_quantising_without_bitsandbytes_names_the_package(monkeypatch: pytest.M
 
 
 @needs_bitsandbytes
-@pytest.mark.filterwarnings("ignore")
-def test_a_shape_that_this_machine_cannot_run_quantised_is_found_out_by_loading():
-    """On a CPU bitsandbytes wants multiples of 64; the demo's stream is 96 wide."""
-    if torch.cuda.is_available():
-        pytest.skip("a GPU runs it")
-    with pytest.raises(ModelAccessError, match="could not be loaded with quantised weights on this machine"):
+@pytest.mark.parametrize("broken", [True, False])
+def test_a_shape_that_this_machine_cannot_run_quantised_is_found_out_by_loading(
+    broken: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """Quantising it goes well, multiplying by it does not."""
+    used: list[Tensor] = []
+
+    def forward(x: Tensor) -> Tensor:
+        used.append(x)
+        if broken:
+            raise RuntimeError("There is no kernel for this shape.")
+        return x
+
+    def from_pretrained(*args: Any, quantization_config: object, **settings: Any) -> Any:
+        model, report = own(*args, **settings)
+        linear = model.model.layers[2].mlp.up_proj
+        linear.weight = nn.Parameter(linear.weight.to(torch.int8), requires_grad=False)
+        linear.forward = forward
+        return model, report
+
+    own = AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    said = (
+        "could not be loaded with quantised weights on this machine: There is no kernel for this shape. Use a machine"
+    )
+    with pytest.raises(ModelAccessError, match=said) if broken else nullcontext():
         load_chat_model(ModelSource("demo", quantization="4bit"))
+    assert len(used) == 1
 
 
 def test_a_quantisation_that_this_machine_cannot_run_says_so():

@@ -8,7 +8,7 @@ import sys
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
-from tests.families.document import PATH, document, summary
+from tests.families.document import PATH, document, line, summary
 from tests.families.examination import examine, is_there, row_names
 
 
@@ -17,9 +17,9 @@ def main() -> int:
     if missing:
         print(f"Nothing is written: the installed transformers lacks {', '.join(missing)}.", file=sys.stderr)
         return 1
-    findings = {row: examine(*row) for row in row_names()}
-    PATH.write_text(document(findings), "utf-8")
-    print(f"{PATH.name}: {summary(findings)}")
+    rows = {row: line(*row, examine(*row)) for row in row_names()}
+    PATH.write_text(document(rows), "utf-8")
+    print(f"{PATH.name}: {summary(rows)}")
     return 0
 
 

@@ -18,7 +18,7 @@ PATH = Path(__file__).parents[2] / "docs" / "families.md"
 _OPENING = """\
 # Model families
 
-Written by `python -m tests.families` with transformers {version}; `pytest tests/test_matrix.py` checks each row, and that
+Written by `python -m tests.families` with transformers {version}; `pytest -m "" tests/test_matrix.py` checks each row, and that
 this table still says what is found.
 
 For every row a tiny model with random weights is built. **Exact** means: refusal scores, steering scores, KL and candidates
@@ -58,10 +58,10 @@ def _in_short(refusal: str) -> str:
     return re.split(r"[:.] ", refusal, maxsplit=1)[0]
 
 
-def summary(findings: dict[tuple[str, str], Finding]) -> str:
+def summary(rows: dict[tuple[str, str], str]) -> str:
     """The counts, in a sentence."""
     counts = {
-        kind: Counter(finding.engine or "refused" for (of, _), finding in findings.items() if of == kind)
+        kind: Counter(row.split("|")[3].strip() or "refused" for (of, _), row in rows.items() if of == kind)
         for kind in ("text", "vision")
     }
     exact = {kind: count["layer-major"] + count["hooked"] for kind, count in counts.items()}
@@ -72,12 +72,12 @@ def summary(findings: dict[tuple[str, str], Finding]) -> str:
     )
 
 
-def document(findings: dict[tuple[str, str], Finding]) -> str:
-    """The whole page."""
-    parts = [_OPENING.format(version=transformers.__version__, summary=summary(findings))]
+def document(rows: dict[tuple[str, str], str], version: str = transformers.__version__) -> str:
+    """The whole page, of the rows that were found with this version of transformers."""
+    parts = [_OPENING.format(version=version, summary=summary(rows))]
     for kind, title in (("text", "Text"), ("vision", "Images with text")):
-        rows = [line(of, name, finding) for (of, name), finding in sorted(findings.items()) if of == kind]
-        parts.append(f"## {title}\n\n{_HEAD}" + "\n".join(rows) + "\n")
+        lines = [row for (of, _), row in sorted(rows.items()) if of == kind]
+        parts.append(f"## {title}\n\n{_HEAD}" + "\n".join(lines) + "\n")
     parts.append(_UNTRIED + "\n".join(f"| {name} | {why} |" for name, why in sorted(UNTRIED.items())) + "\n")
     return "\n".join(parts)
 
