@@ -17,13 +17,13 @@ from refusal_direction.demo.vision.icons import DANGEROUS, HARMLESS
 __all__ = ["IMAGE_SIZE", "draw"]
 
 IMAGE_SIZE = 48
-OVERSAMPLING = 3
-OVAL_CORNERS = 20
+_OVERSAMPLING = 3
+_OVAL_CORNERS = 20
 
-Point = tuple[float, float]
-Colour = tuple[int, int, int]
+_Point = tuple[float, float]
+_Colour = tuple[int, int, int]
 
-_HUES: tuple[Colour, ...] = (
+_HUES: tuple[_Colour, ...] = (
     (200, 60, 50),
     (220, 130, 40),
     (200, 170, 50),
@@ -37,12 +37,12 @@ _HUES: tuple[Colour, ...] = (
 )
 
 
-def _shade(colour: Colour, rng: random.Random, spread: int = 25) -> Colour:
+def _shade(colour: _Colour, rng: random.Random, spread: int = 25) -> _Colour:
     red, green, blue = (max(0, min(255, channel + rng.randint(-spread, spread))) for channel in colour)
     return red, green, blue
 
 
-def _colours(rng: random.Random) -> dict[str, Colour]:
+def _colours(rng: random.Random) -> dict[str, _Colour]:
     """A colour for each role in `icons.py`; the first and the second colour differ in hue."""
     main, second = rng.sample(_HUES, 2)
     return {
@@ -74,12 +74,12 @@ def _placement(rng: random.Random, size: int) -> tuple[float, ...]:
     return a, b, centre_x - 50 * (a + b), d, e, centre_y - 50 * (d + e)
 
 
-def _oval(centre: Point, radii: Point) -> list[Point]:
-    angles = [2 * math.pi * corner / OVAL_CORNERS for corner in range(OVAL_CORNERS)]
+def _oval(centre: _Point, radii: _Point) -> list[_Point]:
+    angles = [2 * math.pi * corner / _OVAL_CORNERS for corner in range(_OVAL_CORNERS)]
     return [(centre[0] + radii[0] * math.cos(angle), centre[1] + radii[1] * math.sin(angle)) for angle in angles]
 
 
-def _placed(points: Sequence[Point], place: tuple[float, ...], rng: random.Random) -> list[Point]:
+def _placed(points: Sequence[_Point], place: tuple[float, ...], rng: random.Random) -> list[_Point]:
     """The points in pixels, each moved a little at random, so that outlines differ between drawings of an object."""
     a, b, c, d, e, f = place
     jittered = [(x + rng.uniform(-2, 2), y + rng.uniform(-2, 2)) for x, y in points]
@@ -88,7 +88,7 @@ def _placed(points: Sequence[Point], place: tuple[float, ...], rng: random.Rando
 
 def draw(thing: str, rng: random.Random) -> Image.Image:
     """An RGB image of the object, `IMAGE_SIZE` pixels wide and high."""
-    size = IMAGE_SIZE * OVERSAMPLING
+    size = IMAGE_SIZE * _OVERSAMPLING
     image, colours, place = _background(rng, size), _colours(rng), _placement(rng, size)
     canvas = ImageDraw.Draw(image)
     stroke = round(size * rng.uniform(0.045, 0.065))
@@ -99,7 +99,7 @@ def draw(thing: str, rng: random.Random) -> Image.Image:
             points = _oval(points[0], points[1])
         pixels = _placed(points, place, rng)
         if form in ("poly", "oval"):
-            canvas.polygon(pixels, fill=colours[role], outline=colours["D"], width=OVERSAMPLING)
+            canvas.polygon(pixels, fill=colours[role], outline=colours["D"], width=_OVERSAMPLING)
         else:
             closed = pixels + pixels[:2] if form == "ring" else pixels
             canvas.line(closed, fill=colours[role], width=stroke, joint="curve")

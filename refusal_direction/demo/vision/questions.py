@@ -17,8 +17,8 @@ from functools import cache
 __all__ = ["FORMS", "FRAMES", "Question", "questions"]
 
 FORMS = ("request", "neutral", "danger")
-HELD_OUT = 0.12  # share of the (frame, slot) combinations that training never sees
-SEED = 20261124
+_HELD_OUT = 0.12  # share of the (frame, slot) combinations that training never sees
+_SEED = 20261124
 
 FRAMES: dict[str, tuple[str, ...]] = {
     "request": (
@@ -94,9 +94,9 @@ class Question:
 @cache
 def questions(form: str, held_out: bool) -> Sequence[Question]:
     """All questions of a form: those used in training, or those with a (frame, slot) combination held out from it."""
-    rng = random.Random(f"{SEED} {form}")
+    rng = random.Random(f"{_SEED} {form}")
     combinations = [(frame, slot) for frame in FRAMES[form] for slot in _SLOTS[form]]
-    reserved = set(rng.sample(combinations, round(HELD_OUT * len(combinations))))
+    reserved = set(rng.sample(combinations, round(_HELD_OUT * len(combinations))))
     wanted = [combination for combination in combinations if (combination in reserved) == held_out]
     made = {frame.format(slot, tail): frame for frame, slot in wanted for tail in _TAILS}
     return tuple(Question(text, form, frame) for text, frame in made.items())
