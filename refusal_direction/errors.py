@@ -1,18 +1,18 @@
-"""Every error that the command line explains, each with what happened and what to do.
+"""Every error that the command line explains. Each message says what happened and what to do.
 
     RefusalDirectionError
     ├── ConfigurationError         a flag or argument that cannot be used
-    ├── OutputError                the output folder cannot be written, or holds no result that can be read
+    ├── OutputError                the output folder cannot be written, or holds no readable result
     ├── PromptError
     │   ├── PromptFileError        a prompt file is missing, empty or malformed
     │   ├── DownloadError          the published splits could not be fetched or verified
     │   └── TooFewPromptsError     fewer prompts than asked for, or too few left by the filter
     ├── ModelError
-    │   ├── ModelAccessError       gated, unknown, or out of reach
+    │   ├── ModelAccessError       gated, unknown, or unreachable
     │   ├── TokenizerError         the tokenizer maps text to nothing useful
     │   ├── ChatTemplateError      no chat template, or one that cannot be used
     │   ├── RefusalTokenError      refusal tokens that are not in the vocabulary, or that calibration does not find
-    │   └── UnsupportedModelError  a model on which the method cannot be run soundly
+    │   └── UnsupportedModelError  a model on which the method would give wrong results
     ├── NoCandidateError           no candidate direction passes every condition
     └── OutOfMemoryError           the weights, or not even one row beside them, do not fit
 
@@ -42,7 +42,7 @@ __all__ = [
 
 
 class RefusalDirectionError(Exception):
-    """Base class: a problem the user can mend."""
+    """Base class: a problem that the user can fix."""
 
 
 class ConfigurationError(RefusalDirectionError):
@@ -50,7 +50,7 @@ class ConfigurationError(RefusalDirectionError):
 
 
 class OutputError(RefusalDirectionError):
-    """The output folder cannot be written, or holds no result that can be read."""
+    """The output folder cannot be written, or holds no readable result."""
 
 
 class PromptError(RefusalDirectionError):
@@ -74,7 +74,7 @@ class ModelError(RefusalDirectionError):
 
 
 class ModelAccessError(ModelError):
-    """The model is gated, unknown, or out of reach."""
+    """The model is gated, unknown, or unreachable."""
 
 
 class TokenizerError(ModelError):
@@ -90,7 +90,7 @@ class RefusalTokenError(ModelError):
 
 
 class UnsupportedModelError(ModelError):
-    """A model on which the method cannot be run soundly: no result would be trustworthy."""
+    """A model on which the method would give wrong results."""
 
 
 class NoCandidateError(RefusalDirectionError):
