@@ -247,7 +247,7 @@ from refusal_direction.runtime import processes
 with processes.joined():
     first = processes.rank() == 0
     print(processes.all_max(0.25 if first else 0.75), processes.all_ranks(True), processes.all_ranks(first))
-    print(processes.said_elsewhere(["all"] if first else ["all", "one"]))
+    print(processes.gather_warnings(["all"] if first else ["all", "one"]))
 """)
     assert first == "0.75 True False\n['one']\n"
     assert second == "0.75 True False\n[]\n"
@@ -261,9 +261,9 @@ from tests import forked
 from tests.families import TEXT_FAMILIES, build
 from tests.problems import engine_of, make_problem, solve
 
-watched = Engine._watched_baseline
+watched = Engine._checked_baseline
 if {astray} and processes.rank() == 1:
-    Engine._watched_baseline = lambda *args: watched(*args) + 1
+    Engine._checked_baseline = lambda *args: watched(*args) + 1
 problem = make_problem(n_train={n_train}, n_val={n_val})
 with processes.joined():
     found = solve(engine_of(build(TEXT_FAMILIES["llama"]), problem), problem)
