@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import vision
 from apart import apart
+from refusal_direction.selection.rules import CandidateScore, select
 from scoring import Naive
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -34,7 +35,6 @@ from refusal_direction.models.refusal_tokens import RefusalTokens
 from refusal_direction.pipeline import RunResult
 from refusal_direction.prompts import PromptSets, gather
 from refusal_direction.scoring.metrics import Measure
-from refusal_direction.selection.rules import CandidateScore, select
 
 
 @dataclass(frozen=True)

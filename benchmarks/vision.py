@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from refusal_direction.selection.rules import CandidateScore, select_survivor, survivors
 from torch import Tensor
 from transformers import Gemma2Config, PaliGemmaConfig, PaliGemmaForConditionalGeneration, SiglipVisionConfig
 
@@ -23,7 +24,6 @@ from refusal_direction.engine.interventions import ResidualStream
 from refusal_direction.models.refusal_tokens import RefusalTokens
 from refusal_direction.scoring.metrics import Measure, kl_divergence, refusal_score
 from refusal_direction.scoring.scores import ALL, ScoringContext, intervention_rows, measure_baseline, score_candidates
-from refusal_direction.selection.rules import CandidateScore, select_survivor, survivors
 
 POSITIONS = 3
 BATCH = 8

@@ -13,6 +13,7 @@ from refusal_direction import RunResult, ablated, cli, pipeline, steered
 from refusal_direction.config import TEXT, UNFINISHED, Config
 from refusal_direction.engine.interventions import ResidualStream
 from refusal_direction.errors import UnsupportedModelError
+from refusal_direction.flags import parse
 from refusal_direction.output import text as report
 from refusal_direction.output.artifacts import file_names
 from refusal_direction.scoring import passes as sweeps
@@ -181,17 +182,13 @@ def test_an_output_folder_that_cannot_be_written_is_found_before_the_work(
 
 def test_a_home_folder_may_be_written_as_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """After `--output_dir=` some shells leave it as it is."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
-    assert cli.main([*FEW, "--output_dir=~/results"]) == 0
-    assert (tmp_path / "results" / "refusal_direction.pt").is_file()
+    assert parse(["--output_dir=~/results"], Config()).output_dir == tmp_path / "results"
 
 
-def test_a_tilde_that_is_nobodys_home_is_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)
-    assert cli.main([*FEW, "--output_dir", "~nobody-here"]) == 0
-    assert (tmp_path / "~nobody-here" / "run.json").is_file()
+def test_a_tilde_that_is_nobodys_home_is_a_name():
+    assert parse(["--output_dir", "~nobody-here"], Config()).output_dir == Path("~nobody-here")
 
 
 @pytest.mark.parametrize("flag", ["--output_dir", "--data_dir", "--harmful"])
