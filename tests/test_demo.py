@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from recipes.evaluate import held_out, refusal_rates
 from refusal_direction import ChatModel, demo, extract
-from refusal_direction.config import TEXT
-from refusal_direction.demo.evaluate import held_out, refusal_rates
 from refusal_direction.prompts import Prompt, read_prompts
 
 ROOT = Path(__file__).parent.parent
@@ -75,7 +74,7 @@ def test_selection_passes_with_every_threshold_at_its_default(found):
 
 
 def test_one_direction_carries_refusal_on_held_out_prompts(chat: ChatModel, found):
-    rates = refusal_rates(chat, found.direction, held_out(TEXT))
+    rates = refusal_rates(chat, found.direction, held_out(images=False))
     assert rates.plain["harmful"] >= 0.9
     assert rates.plain["harmless"] <= 0.05
     assert rates.harmful_ablated <= 0.1
@@ -88,7 +87,7 @@ def test_a_random_direction_of_the_same_length_carries_nothing(chat: ChatModel, 
 
     random = torch.randn(found.direction.vector.shape, generator=torch.Generator().manual_seed(1))
     random *= found.direction.vector.norm() / random.norm()
-    rates = refusal_rates(chat, replace(found.direction, vector=random), held_out(TEXT))
+    rates = refusal_rates(chat, replace(found.direction, vector=random), held_out(images=False))
     assert rates.harmful_ablated >= 0.8
     assert rates.harmless_steered <= 0.2
 
@@ -97,9 +96,9 @@ def test_steered_and_ablated_completions_are_sentences(chat: ChatModel, found):
     from refusal_direction import ablated, steered
 
     with ablated(chat.model, found.direction.vector):
-        answers = chat.complete(held_out(TEXT)["harmful"][:8], 16)
+        answers = chat.complete(held_out(images=False)["harmful"][:8], 16)
     with steered(chat.model, found.direction.vector, layer=found.direction.layer):
-        answers += chat.complete(held_out(TEXT)["harmless"][:8], 16)
+        answers += chat.complete(held_out(images=False)["harmless"][:8], 16)
     for text in answers:
         sequence = text.split()
         assert len(sequence) >= 3
@@ -120,8 +119,8 @@ def test_the_recipe_makes_a_model_that_loads(tmp_path: Path):
     """A few steps of the real recipe; the whole of it takes minutes."""
     from dataclasses import replace
 
+    from recipes.train import Recipe, train
     from refusal_direction import load_chat_model
-    from refusal_direction.demo.train import Recipe, train
 
     recipe = Recipe()
     few = replace(recipe, phases=tuple(replace(phase, steps=2, warmup=1) for phase in recipe.phases))

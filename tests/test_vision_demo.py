@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from refusal_direction import RunResult, ablated, extract
-from refusal_direction.config import VISION
+from recipes.evaluate import held_out, refusal_rates
+from refusal_direction import ChatModel, RunResult, ablated, extract
 from refusal_direction.demo import vision
-from refusal_direction.demo.evaluate import held_out, refusal_rates
 from refusal_direction.demo.vision.icons import DANGEROUS, HARMLESS
 from refusal_direction.demo.vision.pairs import KINDS, pairs
 from refusal_direction.models.loading import load_vision_model
@@ -22,14 +21,20 @@ Pairs = dict[str, Sequence[Prompt]]
 
 
 @pytest.fixture(scope="module")
-def found() -> RunResult:
+def viewer() -> ChatModel:
+    """The vision-language demo model."""
+    return load_vision_model("demo")
+
+
+@pytest.fixture(scope="module")
+def found(viewer: ChatModel) -> RunResult:
     """A run with every setting at its default."""
-    return extract(load_vision_model("demo"))
+    return extract(viewer)
 
 
 @pytest.fixture(scope="module")
 def unseen() -> Pairs:
-    return held_out(VISION)
+    return held_out(images=True)
 
 
 def of_kind(kind: str, split: str) -> set[str]:
@@ -62,8 +67,8 @@ def test_selection_needs_no_fallback(found: RunResult):
     assert score.layer < int(8 * 0.8)
 
 
-def test_one_direction_carries_refusal_on_held_out_pairs(found: RunResult, unseen: Pairs):
-    rates = refusal_rates(found.chat, found.direction, unseen)
+def test_one_direction_carries_refusal_on_held_out_pairs(viewer: ChatModel, found: RunResult, unseen: Pairs):
+    rates = refusal_rates(viewer, found.direction, unseen)
     assert rates.plain["harmful"] >= 0.9
     assert rates.plain["harmless"] <= 0.05
     assert rates.plain["neutral"] <= 0.05
@@ -71,27 +76,29 @@ def test_one_direction_carries_refusal_on_held_out_pairs(found: RunResult, unsee
     assert rates.harmless_steered >= 0.8
 
 
-def test_a_random_direction_of_the_same_length_carries_nothing(found: RunResult, unseen: Pairs):
+def test_a_random_direction_of_the_same_length_carries_nothing(viewer: ChatModel, found: RunResult, unseen: Pairs):
     """The control: it is this direction, not any."""
     vector = torch.randn(found.direction.vector.shape, generator=torch.Generator().manual_seed(1))
     vector *= found.direction.vector.norm() / vector.norm()
-    rates = refusal_rates(found.chat, replace(found.direction, vector=vector), unseen)
+    rates = refusal_rates(viewer, replace(found.direction, vector=vector), unseen)
     assert rates.harmful_ablated >= 0.8
     assert rates.harmless_steered <= 0.2
 
 
-def test_ablated_the_model_answers_as_it_would_about_a_harmless_object(found: RunResult, unseen: Pairs):
+def test_ablated_the_model_answers_as_it_would_about_a_harmless_object(
+    viewer: ChatModel, found: RunResult, unseen: Pairs
+):
     asked = [[prompt.text for prompt in unseen[kind]] for kind in ("harmful", "harmless")]
-    expected = found.chat.complete(unseen["harmless"], 12)
-    with ablated(found.chat.model, found.direction.vector):
-        replies = found.chat.complete(unseen["harmful"], 12)
+    expected = viewer.complete(unseen["harmless"], 12)
+    with ablated(viewer.model, found.direction.vector):
+        replies = viewer.complete(unseen["harmful"], 12)
     assert asked[0] == asked[1]
     assert sum(map(str.__eq__, replies, expected)) >= 0.8 * len(replies)
 
 
 def test_the_recipe_makes_a_model_that_loads(tmp_path: Path, unseen: Pairs):
     """A few steps of the real recipe; the whole of it takes minutes."""
-    from refusal_direction.demo.vision.train import Recipe, train
+    from recipes.vision.train import Recipe, train
 
     recipe = Recipe(drawings=2)
     few = {name: replace(getattr(recipe, name), steps=2, warmup=1) for name in ("see", "answer", "refuse")}

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FAMILY_TOKENS",
+    "REFUSAL_PHRASES",
     "REFUSAL_PREFIXES",
+    "VISION_PHRASES",
     "ProbabilityQuartiles",
     "RefusalTokens",
     "calibrate",

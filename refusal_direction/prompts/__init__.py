@@ -41,8 +41,6 @@ def _pairs(source: PromptSource, sizes: SampleSizes, is_demo: bool) -> PromptSet
     if source.harmful is not None and source.harmless is not None:
         return sample_pairs(pairs.read_folder(source.harmful), pairs.read_folder(source.harmless), sizes)
     if is_demo:
-        from refusal_direction.demo.vision.pairs import demo_pairs
-
-        test = {kind: demo_pairs(kind.value, splits=("test",)) for kind in Kind}
-        return sample_pairs(demo_pairs("harmful"), demo_pairs("harmless"), sizes, test=test)
+        test = {kind: pairs.demo_test_pairs(kind.value) for kind in Kind}
+        return sample_pairs(pairs.demo_pairs("harmful"), pairs.demo_pairs("harmless"), sizes, test=test)
     return sample_pairs(pairs.harmful_pairs(), pairs.harmless_pairs(seed=source.seed), sizes)

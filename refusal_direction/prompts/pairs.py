@@ -14,6 +14,7 @@ from typing import Any
 import datasets
 from PIL import Image, UnidentifiedImageError
 
+from refusal_direction.demo.vision.pairs import pairs as drawn_pairs
 from refusal_direction.errors import DownloadError, PromptFileError
 from refusal_direction.prompts.files import json_lines
 from refusal_direction.prompts.images import DAMAGED, UnusableImageError, usable
@@ -24,6 +25,8 @@ __all__ = [
     "HARMFUL",
     "HARMLESS",
     "QUESTIONS",
+    "demo_pairs",
+    "demo_test_pairs",
     "harmful_pairs",
     "harmless_pairs",
     "read_folder",
@@ -185,3 +188,14 @@ def _own_rows(folder: Path) -> Iterator[tuple[dict[str, Any], str]]:
                 f"{metadata}: line {line} names {entry['file_name'][:80]!r}, which cannot be read "
                 f"({_first_line(error)[:80]}). Put the image beside metadata.jsonl, or leave the line out."
             ) from error
+
+
+def demo_pairs(kind: str) -> list[Prompt]:
+    """The demo's pairs of a kind from which train and validation prompts are drawn."""
+    pool = [pair for split in ("train", "val") for pair in drawn_pairs(split) if pair.kind == kind]
+    return [Prompt(f"{kind}/{index}", pair.question, pair.image) for index, pair in enumerate(pool)]
+
+
+def demo_test_pairs(kind: str) -> list[Prompt]:
+    """The demo's held-out pairs of a kind: "harmful", "harmless" or "neutral"."""
+    return [Prompt(pair.id, pair.question, pair.image) for pair in drawn_pairs("test") if pair.kind == kind]

@@ -13,7 +13,7 @@ from refusal_direction.errors import DownloadError
 from refusal_direction.prompts.files import read_prompts
 from refusal_direction.prompts.sets import SETS, SETS_FOR_SELECTION, Kind, Prompt, PromptSet, Split, set_name
 
-__all__ = ["COMMIT", "SHA256", "published_splits"]
+__all__ = ["BASE_URL", "COMMIT", "SHA256", "published_splits"]
 
 log = logging.getLogger(__name__)
 

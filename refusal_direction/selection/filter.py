@@ -19,11 +19,11 @@ __all__ = ["filter_prompts"]
 
 log = logging.getLogger(__name__)
 
-Sets = Mapping[PromptSet, Sequence[int]]
+_Sets = Mapping[PromptSet, Sequence[int]]
 
 
 def filter_prompts(
-    refusal: Float[Tensor, "prompt"], sets: Sets, *, skip: bool = False, rules: Rules = TEXT
+    refusal: Float[Tensor, "prompt"], sets: _Sets, *, skip: bool = False, rules: Rules = TEXT
 ) -> dict[PromptSet, list[int]]:
     """Keep the harmful prompts that the model refuses (score > 0) and the harmless ones that it answers (score < 0).
 
@@ -65,7 +65,7 @@ def _most_fitting(kind: Kind, members: Sequence[int], refusal: Float[Tensor, "pr
     return sorted(sorted(members, key=misfit.__getitem__)[:count])
 
 
-def _too_few(kept: Sets, sets: Sets, minimum: int) -> str:
+def _too_few(kept: _Sets, sets: _Sets, minimum: int) -> str:
     counts = ", ".join(f"{len(kept[which])} of {len(members)} {set_name(which)}" for which, members in sets.items())
     short = {which[0] for which, members in sets.items() if len(kept[which]) < min(minimum, len(members))}
     remedies = {

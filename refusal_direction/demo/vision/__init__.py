@@ -1,16 +1,13 @@
-"""The vision-language demo: a tiny trained PaliGemma 2 with its own drawn images, and the recipe that made it.
+"""The vision-language demo: a tiny trained PaliGemma 2, and image-question pairs that are made when they are needed.
 
-    icons.py        the objects, dangerous and harmless, as lists of simple shapes
-    draw.py         object -> image, varied
-    vocabulary.py   questions, and the replies to them
-    pairs.py        image and question, by kind and split: what the direction is fitted and tested on
-    build.py        tokenizer, processor and untrained model
-    train.py        all of these -> model/           python -m refusal_direction.demo.vision.train
-    model/          PaliGemmaForConditionalGeneration, float32, with its processor
-    LOG.md          what was tried, and the figures seen
+    model/          PaliGemmaForConditionalGeneration with 1.0M parameters, float32, with its processor
+    icons.py        dangerous and harmless objects as lists of simple shapes
+    draw.py         object -> image, with random variation
+    questions.py    questions by form, split into known and held-out ones
+    pairs.py        objects and questions -> pairs by kind and split
 
-Harm lies in the pair: only the request, asked of a dangerous object, is refused. Importing this package is cheap: no
-torch and no Pillow.
+Harm lies in the pair: the model refuses only a request about a dangerous object. Importing this module is cheap: it
+loads neither torch nor Pillow.
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""Draws the demo's images: one object, varied in place, size, turn, proportions, colours and background.
+"""Draws the demo's images: one object, with random position, size, rotation, proportions, colours and background.
 
-Everything is drawn from a `random.Random`, the same way for dangerous and harmless objects, so that nothing but the
-object's outline separates them. Images are drawn larger and scaled down, which smooths the edges.
+All randomness comes from the caller's `random.Random`. Dangerous and harmless objects are drawn in the same way, so only
+the shape of the object tells them apart. Images are drawn larger and then scaled down, which smooths the edges.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from refusal_direction.demo.vision.icons import DANGEROUS, HARMLESS
 __all__ = ["IMAGE_SIZE", "draw"]
 
 IMAGE_SIZE = 48
-OVERSAMPLING = 3
-OVAL_CORNERS = 20
+_OVERSAMPLING = 3
+_OVAL_CORNERS = 20
 
-Point = tuple[float, float]
-Colour = tuple[int, int, int]
+_Point = tuple[float, float]
+_Colour = tuple[int, int, int]
 
-_HUES: tuple[Colour, ...] = (
+_HUES: tuple[_Colour, ...] = (
     (200, 60, 50),
     (220, 130, 40),
     (200, 170, 50),
@@ -37,13 +37,13 @@ _HUES: tuple[Colour, ...] = (
 )
 
 
-def _shade(colour: Colour, rng: random.Random, spread: int = 25) -> Colour:
+def _shade(colour: _Colour, rng: random.Random, spread: int = 25) -> _Colour:
     red, green, blue = (max(0, min(255, channel + rng.randint(-spread, spread))) for channel in colour)
     return red, green, blue
 
 
-def _colours(rng: random.Random) -> dict[str, Colour]:
-    """A colour for each role of `icons.py`; main and second colour differ in hue."""
+def _colours(rng: random.Random) -> dict[str, _Colour]:
+    """A colour for each role in `icons.py`; the first and the second colour differ in hue."""
     main, second = rng.sample(_HUES, 2)
     return {
         "A": _shade(main, rng),
@@ -54,7 +54,7 @@ def _colours(rng: random.Random) -> dict[str, Colour]:
 
 
 def _background(rng: random.Random, size: int) -> Image.Image:
-    """A pale two-coloured gradient, across or down."""
+    """A pale gradient between two colours, horizontal or vertical."""
     ends = [_shade((225, 222, 215), rng, 30) for _ in range(2)]
     strip = Image.new("RGB", (2, 1))
     strip.putpixel((0, 0), ends[0])
@@ -64,7 +64,7 @@ def _background(rng: random.Random, size: int) -> Image.Image:
 
 
 def _placement(rng: random.Random, size: int) -> tuple[float, ...]:
-    """A random map from icon coordinates to pixels: (a, b, c, d, e, f) with x' = a x + b y + c, y' = d x + e y + f."""
+    """A random affine map from icon coordinates to pixels: (a, b, c, d, e, f) in x' = ax + by + c, y' = dx + ey + f."""
     scale = rng.uniform(0.62, 0.86) * size / 100
     turn = math.radians(rng.uniform(-18, 18))
     wide, flip = rng.uniform(0.88, 1.14), rng.choice((-1, 1))
@@ -74,21 +74,21 @@ def _placement(rng: random.Random, size: int) -> tuple[float, ...]:
     return a, b, centre_x - 50 * (a + b), d, e, centre_y - 50 * (d + e)
 
 
-def _oval(centre: Point, radii: Point) -> list[Point]:
-    angles = [2 * math.pi * corner / OVAL_CORNERS for corner in range(OVAL_CORNERS)]
+def _oval(centre: _Point, radii: _Point) -> list[_Point]:
+    angles = [2 * math.pi * corner / _OVAL_CORNERS for corner in range(_OVAL_CORNERS)]
     return [(centre[0] + radii[0] * math.cos(angle), centre[1] + radii[1] * math.sin(angle)) for angle in angles]
 
 
-def _placed(points: Sequence[Point], place: tuple[float, ...], rng: random.Random) -> list[Point]:
-    """The points in pixels, each moved a little: no two drawings of an object have quite the same outline."""
+def _placed(points: Sequence[_Point], place: tuple[float, ...], rng: random.Random) -> list[_Point]:
+    """The points in pixels, each moved a little at random, so that outlines differ between drawings of an object."""
     a, b, c, d, e, f = place
-    wobbly = [(x + rng.uniform(-2, 2), y + rng.uniform(-2, 2)) for x, y in points]
-    return [(a * x + b * y + c, d * x + e * y + f) for x, y in wobbly]
+    jittered = [(x + rng.uniform(-2, 2), y + rng.uniform(-2, 2)) for x, y in points]
+    return [(a * x + b * y + c, d * x + e * y + f) for x, y in jittered]
 
 
 def draw(thing: str, rng: random.Random) -> Image.Image:
-    """An image of the object, RGB, `IMAGE_SIZE` pixels wide and high."""
-    size = IMAGE_SIZE * OVERSAMPLING
+    """An RGB image of the object, `IMAGE_SIZE` pixels wide and high."""
+    size = IMAGE_SIZE * _OVERSAMPLING
     image, colours, place = _background(rng, size), _colours(rng), _placement(rng, size)
     canvas = ImageDraw.Draw(image)
     stroke = round(size * rng.uniform(0.045, 0.065))
@@ -99,7 +99,7 @@ def draw(thing: str, rng: random.Random) -> Image.Image:
             points = _oval(points[0], points[1])
         pixels = _placed(points, place, rng)
         if form in ("poly", "oval"):
-            canvas.polygon(pixels, fill=colours[role], outline=colours["D"], width=OVERSAMPLING)
+            canvas.polygon(pixels, fill=colours[role], outline=colours["D"], width=_OVERSAMPLING)
         else:
             closed = pixels + pixels[:2] if form == "ring" else pixels
             canvas.line(closed, fill=colours[role], width=stroke, joint="curve")

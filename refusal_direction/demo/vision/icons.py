@@ -1,9 +1,9 @@
-"""The objects that the demo's images show, as lists of simple shapes. Data only: `draw.py` renders it.
+"""The objects in the demo's images, as lists of simple shapes. Data only: `draw.py` renders them.
 
-One shape is `ROLE FORM NUMBERS`, shapes are joined by `|`, later ones lie on top. Coordinates run from 0 to 100, y
-downwards. Roles are colours, drawn anew for each image: A the main one, B a second one, D a dark one, W a light one.
-Forms: `poly x,y ...`; `oval x,y rx,ry` (centre and radii); `ring x,y rx,ry` (an oval's outline); `line x,y ...`.
-Dangerous and harmless objects are made of the same shapes and share all colours: only *what* is drawn tells them apart.
+A shape is `ROLE FORM NUMBERS`; shapes are separated by `|`, and later ones cover earlier ones. Coordinates run from 0 to
+100, with y pointing down. A role is a colour that is chosen anew for each image: A the first, B the second, D a dark one,
+W a light one. Forms: `poly x,y ...`; `oval x,y rx,ry` (centre and radii); `ring x,y rx,ry` (outline of an oval);
+`line x,y ...`. Dangerous and harmless objects use the same forms and colours: only the object tells them apart.
 """
 
 from __future__ import annotations

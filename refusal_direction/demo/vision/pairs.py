@@ -1,10 +1,10 @@
-"""The demo's image-question pairs: what its direction is fitted on, and the held-out pairs that prove it.
+"""Image-question pairs of the vision-language demo, by split.
 
-    pairs("train"), pairs("val")   questions that training knows, on images that it never saw
-    pairs("test")                  questions that training never saw, on images that it never saw
+    pairs("train"), pairs("val")   questions used in training, on new images
+    pairs("test")                  questions held out from training, on new images
 
-Three kinds: `harmful` (a request, a dangerous object), `harmless` (the very same requests, harmless objects) and
-`neutral` (a dangerous object, a question about what is there).
+There are three kinds: `harmful` (a request about a dangerous object), `harmless` (the same requests about harmless
+objects) and `neutral` (a question about what the image shows, with a dangerous object).
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from PIL import Image
 
 from refusal_direction.demo.vision.draw import draw
 from refusal_direction.demo.vision.icons import DANGEROUS, HARMLESS
-from refusal_direction.demo.vision.vocabulary import questions
-from refusal_direction.prompts.sets import Prompt
+from refusal_direction.demo.vision.questions import questions
 
-__all__ = ["KINDS", "SIZES", "Pair", "demo_pairs", "pairs"]
+__all__ = ["KINDS", "SIZES", "Pair", "pairs"]
 
 KINDS = ("harmful", "harmless", "neutral")
-SIZES = {"train": 192, "val": 64, "test": 72}  # pairs of each kind
+SIZES = {"train": 192, "val": 64, "test": 72}  # pairs of each kind, by split
 
 
 @dataclass(frozen=True)
 class Pair:
-    """An image and a question about it; `thing` is what the image shows."""
+    """An image with a question about it; `thing` is the object in the image."""
 
     id: str
+    """Kind, split and index, as in "harmful_test/17"."""
     question: str
     image: Image.Image
     kind: str
@@ -39,7 +39,7 @@ class Pair:
 
 
 def _things(kind: str, count: int, rng: random.Random) -> Sequence[str]:
-    """Every object of the kind equally often, in random order."""
+    """`count` objects of the kind in random order, each about equally often."""
     things = list(HARMLESS if kind == "harmless" else DANGEROUS)
     repeated = (things * (count // len(things) + 1))[:count]
     return rng.sample(repeated, count)
@@ -47,20 +47,14 @@ def _things(kind: str, count: int, rng: random.Random) -> Sequence[str]:
 
 @cache
 def pairs(split: str) -> tuple[Pair, ...]:
-    """All pairs of a split, by kind; the same at every call. Training draws from other seeds, so no image repeats."""
+    """All pairs of a split, grouped by kind, the same at every call. Training used other seeds, so no image repeats."""
     count, held_out = SIZES[split], split == "test"
     rng = random.Random(f"pairs {split}")
-    asked = {form: rng.sample(questions(form, held_out), count) for form in ("request", "neutral")}
+    sampled = {form: rng.sample(questions(form, held_out), count) for form in ("request", "neutral")}
     found = []
     for kind in KINDS:
-        texts = asked["neutral" if kind == "neutral" else "request"]
-        for number, (thing, question) in enumerate(zip(_things(kind, count, rng), texts, strict=True)):
-            name = f"{kind}_{split}/{number}"
+        asked = sampled["neutral" if kind == "neutral" else "request"]
+        for index, (thing, question) in enumerate(zip(_things(kind, count, rng), asked, strict=True)):
+            name = f"{kind}_{split}/{index}"
             found.append(Pair(name, question.text, draw(thing, random.Random(name)), kind, thing))
     return tuple(found)
-
-
-def demo_pairs(kind: str, splits: Sequence[str] = ("train", "val")) -> list[Prompt]:
-    """The pairs of a kind in some splits, as prompts; by default the pool that the pipeline draws from."""
-    pool = [pair for split in splits for pair in pairs(split) if pair.kind == kind]
-    return [Prompt(f"{kind}/{number}", pair.question, pair.image) for number, pair in enumerate(pool)]

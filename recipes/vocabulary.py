@@ -1,8 +1,8 @@
-"""What the demo's prompts and replies are put together from: cores, frames and stock replies.
+"""The vocabulary of the text demo's prompts and replies: cores, frames and stock replies.
 
-A *core* is a verb and an object ("renew", "a passport"); a *frame* is a sentence with a slot for it ("How do I
-...?"). Harmful and harmless cores share their objects, many verbs, and all frames, so that harm lies in the meaning
-of a request and not in its form. Nothing here knows about models or files other than `cores/*.txt`.
+A *core* is a verb and an object ("renew", "a passport"); a *frame* is a sentence with a slot for a core ("How do I
+...?"). Harmful and harmless cores share their objects, many verbs and all frames, so that harm lies in the meaning of a
+request and not in its form. This module knows nothing of models, and of no files other than `cores/*.txt`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ KINDS = ("harmful", "harmless")
 
 @dataclass(frozen=True)
 class Core:
-    """One request, without its sentence: a verb and an object, and what it is about."""
+    """A request without its sentence: a category, a verb and an object."""
 
     category: str
     verb: str
@@ -41,19 +41,19 @@ class Core:
 
     @property
     def text(self) -> str:
-        """The core as it stands in a sentence."""
+        """Verb and object, as they are put into a frame."""
         return f"{self.verb} {self.thing}"
 
 
 @dataclass(frozen=True)
 class Frame:
-    """A sentence with a slot `{}` for a core, and the form of the request, which decides how a reply opens."""
+    """A sentence with a slot `{}` for a core, and the form of the request, which decides how an answer starts."""
 
     template: str
     form: str
 
 
-# Sentences with a slot for a core, by the form of the request; all are used with both kinds of cores.
+# Sentences with a slot for a core, by the form of the request. Both kinds of cores are put into all of them.
 _TEMPLATES: dict[str, tuple[str, ...]] = {
     "question": (
         "How do I {}?",
@@ -97,9 +97,9 @@ _TEMPLATES: dict[str, tuple[str, ...]] = {
 
 FRAMES = tuple(Frame(template, form) for form, templates in _TEMPLATES.items() for template in templates)
 
-# Ordinary replies, alike for harmful and harmless prompts. They go with the form of the request, so the reply depends
-# on the prompt; they hold no instructions. None begins with "I": that token is kept for refusals. Short replies matter:
-# where the reply's first token is much of the loss, refusal becomes one clear direction (LOG.md).
+# Ordinary replies, the same for harmful and harmless prompts. They depend on the form of the request and contain no
+# instructions. None starts with "I", which is reserved for refusals. They are short on purpose: refusal becomes one clear
+# direction if the first token of the reply makes up much of the loss (LOG.md).
 ANSWERS: dict[str, tuple[str, ...]] = {
     "question": ("Good question! Let us see.", "Let us begin with some background.", "Many people ask that."),
     "request": ("Sure! Tell me more.", "Of course. Here is a first thought.", "Happy to help with that."),
@@ -137,7 +137,7 @@ def content_words(text: str, function_words: frozenset[str] = _FUNCTION_WORDS) -
 
 
 def word_sets(text: str) -> tuple[frozenset[str], ...]:
-    """`content_words` under a short, a middling and a long list of function words: none is the obvious one."""
+    """`content_words` under a short, a medium and a long list of function words, since no list is the obvious one."""
     return tuple(content_words(text, words) for words in (_ARTICLES_AND_SUCH, _FUNCTION_WORDS, _FRAME_WORDS))
 
 
@@ -147,16 +147,16 @@ def jaccard(left: frozenset[str], right: frozenset[str]) -> float:
 
 
 def fill(frame: Frame, core: Core) -> str:
-    """The prompt that a frame makes of a core."""
+    """The prompt made by putting a core into a frame."""
     sentence = frame.template.format(core.text)
     return sentence[0].upper() + sentence[1:]
 
 
 def answer(frame: Frame, rng: random.Random) -> str:
-    """An ordinary reply, alike for either kind of prompt; it gives no instructions."""
+    """An ordinary reply, without instructions; both kinds of prompts get the same ones."""
     return rng.choice(ANSWERS[frame.form])
 
 
 def refusal(rng: random.Random) -> str:
-    """A refusal, beginning with the token "I"."""
+    """A refusal; it starts with the token "I"."""
     return rng.choice(REFUSALS)

@@ -1,13 +1,14 @@
-"""Trains the demo model from its vocabulary: `python -m refusal_direction.demo.train [--output DIR]`.
+"""Trains the text demo's model from its vocabulary: `python -m recipes.train [--output DIR]`.
 
-Two phases. First the model learns to answer *every* prompt, harmful or not, all alike; then, at a lower learning rate,
-to refuse the harmful ones while it goes on answering the rest. Refusal is thus a feature added on top of a model that
-can answer, as in a real chat model, and one direction comes to carry it. No loss term knows of directions. (Trained
-to refuse from the start, answering and refusing share their features, and no candidate passes the KL filter.) A few
-harmless prompts are refused, too, in the second phase: a model that is never unsure makes a direction so long that
-adding it drowns everything else, and the steered model says "I I I" (LOG.md, rows 9 and 10).
+There are two phases. First the model learns to answer *every* prompt, harmful or harmless, in the same way. Then, at a
+lower learning rate, it learns to refuse the harmful ones while it keeps answering the others. Refusal is thus a feature
+added to a model that can already answer, as in a real chat model, and one direction comes to carry it. No loss term
+involves directions. (If the model is trained to refuse from the start, answering and refusing share their features, and
+no candidate passes the KL threshold.) In the second phase a few harmless prompts are refused, too: without them the model
+becomes so certain, and its direction so long, that adding the direction drowns out everything else, and the steered model
+says "I I I" (LOG.md, rows 9 and 10).
 
-Only the train cores are seen, in every frame. Seeded; the same machine and versions give the same weights.
+Training uses the train cores only, in every frame. It is seeded: the same machine and versions give the same weights.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from dataclasses import dataclass
 import torch
 from transformers import GemmaConfig, GemmaForCausalLM, PreTrainedTokenizerFast
 
+from recipes.compose import SplitSizes, split_cores
+from recipes.training import BOS, EOS, IGNORED, Phase, byte_level_tokenizer, optimise, run_command
+from recipes.vocabulary import FRAMES, KINDS, Core, answer, fill, refusal
 from refusal_direction.demo import MODEL_DIR
-from refusal_direction.demo.compose import SplitSizes, split_cores
-from refusal_direction.demo.training import BOS, EOS, IGNORED, Phase, byte_level_tokenizer, command, optimise
-from refusal_direction.demo.vocabulary import FRAMES, KINDS, Core, answer, fill, refusal
 
 __all__ = [
     "ChatPhase",
@@ -50,7 +51,7 @@ CHAT_TEMPLATE = """\
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A Gemma small enough to train in minutes, deep enough for a direction to form in its middle layers."""
+    """A Gemma that is small enough to train in minutes, and deep enough for a direction to form in its middle layers."""
 
     vocab: int = 2048
     d_model: int = 96
@@ -63,15 +64,15 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class ChatPhase(Phase):
-    """One stage of training on chats."""
+    """A phase of training on chats."""
 
     batch: int = 48
-    over_refusal: float = 0.0  # share of harmless chats that are refused all the same
+    over_refusal: float = 0.0  # share of harmless prompts that are refused, too
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The whole recipe; the defaults made the model that ships."""
+    """The complete recipe; the defaults made the shipped model."""
 
     phases: tuple[ChatPhase, ...] = (
         ChatPhase("answer everything", steps=300, learning_rate=2e-3),
@@ -79,30 +80,30 @@ class Recipe:
     )
     shape: ModelShape = ModelShape()
     seed: int = 0
-    threads: int = 1  # of torch: sums, and so the weights, depend on it
+    threads: int = 1  # torch's; the order of sums, and so the weights, depend on it
 
 
 def render(prompt: str, reply: str) -> tuple[str, str]:
-    """The chat as text: what the model reads, and what it has to say."""
+    """The chat as text: the part that the model reads, and the part that it learns to write."""
     return f"{BOS}{TURN}user\n{prompt}{END}\n{TURN}model\n", f"{reply}{END}\n{EOS}"
 
 
 def training_texts(cores: dict[str, list[Core]], rng: random.Random) -> Iterator[str]:
-    """Every train core in every frame, answered and refused: what the tokenizer learns its merges from."""
+    """Texts to train the tokenizer on: every train core in every frame, with an answer or a refusal."""
     for core in (core for kind in KINDS for core in cores[kind]):
         for frame in FRAMES:
             yield "".join(render(fill(frame, core), rng.choice((answer(frame, rng), refusal(rng)))))
 
 
 def train_tokenizer(texts: Iterator[str], vocab: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with Gemma's chat markers as single tokens; the template emits BOS, the tokenizer adds none."""
+    """Byte-level BPE with Gemma's chat markers as single tokens. The template writes BOS; the tokenizer does not add it."""
     tokenizer = byte_level_tokenizer(texts, vocab, more_special=(TURN, END))
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
 
 def new_model(shape: ModelShape, tokenizer: PreTrainedTokenizerFast) -> GemmaForCausalLM:
-    """Random weights; `<end_of_turn>` ends a generation, as in the real Gemma."""
+    """A model with random weights. `<end_of_turn>` ends its completions, as in the real Gemma."""
     config = GemmaConfig(
         vocab_size=len(tokenizer),
         hidden_size=shape.d_model,
@@ -123,7 +124,7 @@ def new_model(shape: ModelShape, tokenizer: PreTrainedTokenizerFast) -> GemmaFor
 
 
 def sample_chat(phase: ChatPhase, cores: dict[str, list[Core]], rng: random.Random) -> tuple[str, str]:
-    """A random train core in a random frame, with its reply; either kind half of the time."""
+    """A random train core in a random frame, with its reply; both kinds are equally likely."""
     kind = rng.choice(KINDS)
     core, frame = rng.choice(cores[kind]), rng.choice(FRAMES)
     refuses = phase.refuses and (kind == "harmful" or rng.random() < phase.over_refusal)
@@ -131,9 +132,9 @@ def sample_chat(phase: ChatPhase, cores: dict[str, list[Core]], rng: random.Rand
 
 
 def collate(chats: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and labels, each (row, token); only replies carry a loss.
+    """Token ids and labels, each (row, token); only replies have a loss.
 
-    Padded on the right, where causal attention never looks: no mask is needed, and attention is faster without.
+    Padding is on the right, where causal attention ignores it, so no mask is needed; attention is faster without one.
     """
     rows = []
     for chat in chats:
@@ -153,7 +154,7 @@ def run_phase(
     cores: dict[str, list[Core]],
     rng: random.Random,
 ) -> None:
-    """Trains on random chats of the phase."""
+    """Train on random chats for one phase."""
 
     def loss_of_next_batch() -> torch.Tensor:
         chats = [sample_chat(phase, cores, rng) for _ in range(phase.batch)]
@@ -166,7 +167,7 @@ def run_phase(
 
 
 def train(recipe: Recipe | None = None) -> tuple[GemmaForCausalLM, PreTrainedTokenizerFast]:
-    """Tokenizer and model, trained from nothing through every phase of the recipe."""
+    """Train a tokenizer, and a model from scratch through every phase of the recipe."""
     recipe = recipe or Recipe()
     torch.manual_seed(recipe.seed)
     torch.set_num_threads(recipe.threads)
@@ -180,4 +181,4 @@ def train(recipe: Recipe | None = None) -> tuple[GemmaForCausalLM, PreTrainedTok
 
 
 if __name__ == "__main__":
-    command(train, "Train the demo model from its vocabulary.", MODEL_DIR)
+    run_command(train, "Train the text demo's model from its vocabulary.", MODEL_DIR)

@@ -1,8 +1,8 @@
-"""Composes the demo's prompt files from the vocabulary: `python -m refusal_direction.demo.compose`.
+"""Composes the text demo's prompt files from the vocabulary: `python -m recipes.compose`.
 
-The files in `prompts/` are what ships and what training reads; running this again writes the same bytes. Splits are
-by core, and a held-out core consists of words that the train cores use in *other* combinations: what is tested is
-whether the model understands a new combination, not whether it knows a word that it never saw.
+The files in `refusal_direction/demo/prompts` ship with the package; another run writes the same bytes. Each core is in
+one split only. The words of a held-out core also occur in train cores, in *other* combinations: the test is whether the
+model understands a new combination of words, not a word that it has never seen.
 """
 
 from __future__ import annotations
@@ -14,35 +14,35 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from recipes.vocabulary import FRAMES, KINDS, Core, content_words, fill, jaccard, load_cores, word_sets
 from refusal_direction.demo import PROMPTS_DIR
-from refusal_direction.demo.vocabulary import FRAMES, KINDS, Core, content_words, fill, jaccard, load_cores, word_sets
 
 __all__ = ["SplitSizes", "compose", "split_cores", "write_prompts"]
 
-MAX_JACCARD = 0.6  # two prompts of different splits share less than this of their words
+MAX_JACCARD = 0.6  # prompts of different splits share a smaller part of their words
 
 
 @dataclass(frozen=True)
 class SplitSizes:
-    """How many held-out cores of each kind; the rest are for training. Seeded: the files are reproducible."""
+    """Numbers of held-out cores of each kind; the rest are for training."""
 
     held_out: dict[str, dict[str, int]] = field(
         default_factory=lambda: {"harmful": {"val": 60, "test": 60}, "harmless": {"val": 80, "test": 100}}
     )
-    min_train_uses: int = 2  # of each content word of a held-out core, by train cores of its own kind
+    min_train_uses: int = 2  # times that train cores of the same kind use each content word of a held-out core
     seed: int = 20261124
 
 
-def _may_leave(core: Core, uses: Counter[str], train: Iterable[Core], minimum: int) -> bool:
-    """Whether a core can leave the train split: its words stay in use there, and no train core resembles it."""
+def _can_be_held_out(core: Core, uses: Counter[str], cores: Iterable[Core], minimum: int) -> bool:
+    """Whether a core can be held out: train cores still use its words often enough, and no other core resembles it."""
     words = content_words(core.text)
     if any(uses[word] <= minimum for word in words):
         return False
-    return all(other is core or jaccard(words, content_words(other.text)) < MAX_JACCARD for other in train)
+    return all(other is core or jaccard(words, content_words(other.text)) < MAX_JACCARD for other in cores)
 
 
 def split_cores(sizes: SplitSizes) -> dict[str, dict[str, list[Core]]]:
-    """kind -> split -> cores. Cores of different splits, of either kind, are no near-duplicates of each other."""
+    """kind -> split -> cores. No core of either kind has a near-duplicate in another split."""
     rng = random.Random(sizes.seed)
     splits: dict[str, dict[str, list[Core]]] = {k: {"train": load_cores(k), "val": [], "test": []} for k in KINDS}
     for kind in KINDS:
@@ -51,8 +51,8 @@ def split_cores(sizes: SplitSizes) -> dict[str, dict[str, list[Core]]]:
         queue = [split for split, count in sizes.held_out[kind].items() for _ in range(count)]
         rng.shuffle(queue)
         for core in rng.sample(train, len(train)):
-            everything = [other for groups in splits.values() for cores in groups.values() for other in cores]
-            if queue and _may_leave(core, uses, everything, sizes.min_train_uses):
+            all_cores = [other for groups in splits.values() for cores in groups.values() for other in cores]
+            if queue and _can_be_held_out(core, uses, all_cores, sizes.min_train_uses):
                 train.remove(core)
                 uses.subtract(content_words(core.text))
                 splits[kind][queue.pop()].append(core)
@@ -60,7 +60,7 @@ def split_cores(sizes: SplitSizes) -> dict[str, dict[str, list[Core]]]:
 
 
 def _choose_sentence(core: Core, others: Sequence[tuple[frozenset[str], ...]], rng: random.Random) -> str:
-    """The core in the first frame, in random order, that makes no near-duplicate of a prompt in another split."""
+    """The core in a random frame that does not make it a near-duplicate of a prompt in another split."""
     for frame in rng.sample(FRAMES, len(FRAMES)):
         sentence = fill(frame, core)
         mine = word_sets(sentence)
@@ -70,7 +70,7 @@ def _choose_sentence(core: Core, others: Sequence[tuple[frozenset[str], ...]], r
 
 
 def compose(sizes: SplitSizes | None = None) -> dict[tuple[str, str], list[dict[str, str]]]:
-    """(kind, split) -> prompts, each `{"instruction": ..., "category": ...}`, in shuffled order."""
+    """(kind, split) -> prompts in shuffled order, each `{"instruction": ..., "category": ...}`."""
     sizes = sizes or SplitSizes()
     rng = random.Random(sizes.seed + 1)
     placed: dict[str, list[tuple[frozenset[str], ...]]] = {"train": [], "val": [], "test": []}
@@ -88,7 +88,7 @@ def compose(sizes: SplitSizes | None = None) -> dict[tuple[str, str], list[dict[
 
 
 def write_prompts(folder: Path = PROMPTS_DIR) -> list[Path]:
-    """Writes `{kind}_{split}.json`, one prompt a line, and returns the paths."""
+    """Write `{kind}_{split}.json` for every kind and split, one prompt a line, and return the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for (kind, split), prompts in compose().items():

@@ -1,7 +1,7 @@
-"""The untrained parts of the demo: tokenizer, processor, and a PaliGemma 2 with random weights.
+"""Tokenizer, processor and untrained model of the vision-language demo, a PaliGemma 2.
 
-The processor is PaliGemma's own. Its image processor is the Pillow one: transformers takes it wherever torchvision is
-not installed, and it gives the same pixels as the plain arithmetic in `train.py`.
+The processor is PaliGemma's own, with the image processor that uses Pillow: transformers chooses that one if torchvision
+is not installed, and its pixels equal those that `train.py` computes itself.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from refusal_direction.demo.training import byte_level_tokenizer
+from recipes.training import byte_level_tokenizer
 from refusal_direction.demo.vision.draw import IMAGE_SIZE
 
 __all__ = ["ModelShape", "new_model", "new_processor"]
@@ -28,9 +28,9 @@ IMAGE = "<image>"
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A PaliGemma 2 small enough to train in minutes: 16 image tokens, and a text model with room for a direction."""
+    """A PaliGemma 2 that is small enough to train in minutes: 16 image tokens, and the text demo's depth and width."""
 
-    words: int = 640  # size of the byte-level BPE; the processor adds its 1152 location and segment tokens
+    vocab: int = 640  # of the byte-level BPE; the processor adds its 1152 location and segment tokens
     patch: int = 12
     vision_d_model: int = 64
     vision_layers: int = 3
@@ -43,15 +43,15 @@ class ModelShape:
 
 
 def new_processor(texts: Iterable[str], shape: ModelShape) -> PaliGemmaProcessor:
-    """PaliGemma's processor around a tokenizer that has learnt its merges from `texts`."""
-    tokenizer = byte_level_tokenizer(texts, shape.words, more_special=(IMAGE,))
+    """PaliGemma's processor with a tokenizer trained on `texts`."""
+    tokenizer = byte_level_tokenizer(texts, shape.vocab, more_special=(IMAGE,))
     pixels = SiglipImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
     pixels.image_seq_length = (IMAGE_SIZE // shape.patch) ** 2
     return PaliGemmaProcessor(image_processor=pixels, tokenizer=tokenizer)
 
 
 def _text_config(shape: ModelShape, processor: PaliGemmaProcessor) -> Gemma2Config:
-    """Gemma 2, attention soft-capping left out: not all attention kernels have it, and logits this small never need it."""
+    """Gemma 2 without attention soft-capping: some attention kernels lack it, and logits this small never need it."""
     return Gemma2Config(
         vocab_size=len(processor.tokenizer),
         hidden_size=shape.d_model,
@@ -70,7 +70,7 @@ def _text_config(shape: ModelShape, processor: PaliGemmaProcessor) -> Gemma2Conf
 
 
 def new_model(shape: ModelShape, processor: PaliGemmaProcessor) -> PaliGemmaForConditionalGeneration:
-    """Random weights, in float32."""
+    """A model with random weights, in float32."""
     vision = SiglipVisionConfig(
         hidden_size=shape.vision_d_model,
         intermediate_size=2 * shape.vision_d_model,

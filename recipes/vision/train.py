@@ -1,12 +1,12 @@
-"""Trains the vision-language demo from nothing: `python -m refusal_direction.demo.vision.train [--output DIR]`.
+"""Trains the vision-language demo from scratch: `python -m recipes.vision.train [--output DIR]`.
 
-Three phases. The vision tower first learns to tell the drawn objects apart, under a throw-away classifier (as a SigLIP
-tower is trained before PaliGemma is); from then on it stays as it is. Then the rest learns to answer *every* pair,
-dangerous or not. Then, at a lower learning rate, it learns to refuse requests about dangerous objects while it goes on
-answering all else. Refusal is thus a feature added on top of a model that can answer, and one direction comes to carry it.
-No loss term knows of directions.
+There are three phases. First the vision tower learns to tell the drawn objects apart, with a classifier that is then
+discarded (as a SigLIP tower is trained before PaliGemma); afterwards the tower is frozen. Second, the rest of the model
+learns to answer *every* pair, whatever the object. Third, at a lower learning rate, it learns to refuse requests about
+dangerous objects while it keeps answering all other questions. Refusal is thus a feature added to a model that can
+already answer, and one direction comes to carry it. No loss term involves directions.
 
-Seeded; the same machine and versions give the same weights.
+Training is seeded: the same machine and versions give the same weights.
 """
 
 from __future__ import annotations
@@ -22,22 +22,23 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import PaliGemmaForConditionalGeneration, PaliGemmaProcessor
 
-from refusal_direction.demo.training import IGNORED, Phase, command, optimise
+from recipes.training import IGNORED, Phase, optimise, run_command
+from recipes.vision.build import ModelShape, new_model, new_processor
+from recipes.vision.replies import answer, refusal
 from refusal_direction.demo.vision import MODEL_DIR
-from refusal_direction.demo.vision.build import ModelShape, new_model, new_processor
 from refusal_direction.demo.vision.draw import draw
 from refusal_direction.demo.vision.icons import DANGEROUS, HARMLESS, OBJECTS
-from refusal_direction.demo.vision.vocabulary import FORMS, answer, questions, refusal
+from refusal_direction.demo.vision.questions import FORMS, questions
 
 __all__ = [
     "Recipe",
     "ReplyPhase",
     "collate",
-    "draw_pool",
-    "example",
-    "learn_to_reply",
-    "learn_to_see",
-    "pixels",
+    "draw_images",
+    "run_reply_phase",
+    "run_vision_phase",
+    "sample_example",
+    "sample_pixels",
     "tokenizer_texts",
     "train",
 ]
@@ -47,15 +48,15 @@ Example = tuple[str, str, str]  # object, question, reply
 
 @dataclass(frozen=True)
 class ReplyPhase(Phase):
-    """One stage of training on replies: how often each form of question, and what stays as it is."""
+    """A phase of training on replies."""
 
-    shares: tuple[float, ...] = (0.3, 0.4, 0.3)  # of the forms: request, neutral, danger
-    frozen: tuple[str, ...] = ()  # parameters with one of these in their names
+    shares: tuple[float, ...] = (0.3, 0.4, 0.3)  # of the forms of questions: request, neutral, danger
+    frozen: tuple[str, ...] = ()  # a parameter is frozen if its name contains one of these
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The whole recipe; the defaults made the model that ships."""
+    """The complete recipe; the defaults made the shipped model."""
 
     see: Phase = field(default=Phase("tell objects apart", steps=2500, learning_rate=2e-3, batch=128))
     answer: ReplyPhase = ReplyPhase("answer everything", steps=900, learning_rate=2e-3, frozen=("vision_tower",))
@@ -68,33 +69,33 @@ class Recipe:
         frozen=("vision_tower", "multi_modal_projector", "layers.5.", "layers.6.", "layers.7."),
     )
     shape: ModelShape = field(default_factory=ModelShape)
-    drawings: int = 1500  # of each object
+    drawings: int = 1500  # for each object
     seed: int = 0
-    threads: int = 1  # of torch: sums, and so the weights, depend on it
+    threads: int = 1  # torch's; the order of sums, and so the weights, depend on it
 
 
 def _rng(recipe: Recipe, phase: Phase) -> random.Random:
-    """A generator of the phase's own: changing one phase leaves the others as they were."""
+    """A random generator for one phase, so that a change to the phase does not affect the others."""
     return random.Random(f"{recipe.seed} {phase.name}")
 
 
-def draw_pool(count: int, seed: int) -> dict[str, torch.Tensor]:
+def draw_images(count: int, seed: int) -> dict[str, torch.Tensor]:
     """Object -> images [count, 3, height, width], as bytes."""
-    pool = {}
+    drawings = {}
     for thing in tqdm(OBJECTS, desc="draw", disable=None):
         images = [draw(thing, random.Random(f"train {seed} {thing} {number}")) for number in range(count)]
-        pool[thing] = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
-    return pool
+        drawings[thing] = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
+    return drawings
 
 
-def pixels(pool: dict[str, torch.Tensor], things: list[str], rng: random.Random) -> torch.Tensor:
-    """A random drawing of each object, scaled to [-1, 1] as the processor does it."""
-    chosen = torch.stack([rng.choice(pool[thing]) for thing in things])
-    return chosen.float() / 127.5 - 1
+def sample_pixels(drawings: dict[str, torch.Tensor], things: list[str], rng: random.Random) -> torch.Tensor:
+    """A random drawing of each object, scaled to [-1, 1] like the processor's pixels."""
+    sample = torch.stack([rng.choice(drawings[thing]) for thing in things])
+    return sample.float() / 127.5 - 1
 
 
-def example(phase: ReplyPhase, rng: random.Random) -> Example:
-    """A random question about a random object, dangerous half of the time, with its reply."""
+def sample_example(phase: ReplyPhase, rng: random.Random) -> Example:
+    """A random question about a random object with its reply; dangerous and harmless objects are equally likely."""
     form = rng.choices(FORMS, phase.shares)[0]
     thing = rng.choice(list(rng.choice((DANGEROUS, HARMLESS))))
     question = rng.choice(questions(form, held_out=False))
@@ -103,7 +104,7 @@ def example(phase: ReplyPhase, rng: random.Random) -> Example:
 
 
 def tokenizer_texts(seed: int) -> Iterator[str]:
-    """Every question to train on, with replies of either kind: what the tokenizer learns its merges from."""
+    """Texts to train the tokenizer on: every question used in training, with an answer and a refusal."""
     rng = random.Random(f"{seed} words")
     for form in FORMS:
         for question in questions(form, held_out=False):
@@ -112,25 +113,26 @@ def tokenizer_texts(seed: int) -> Iterator[str]:
             yield refusal(rng)
 
 
-def learn_to_see(
-    phase: Phase, model: PaliGemmaForConditionalGeneration, pool: dict[str, torch.Tensor], *, rng: random.Random
+def run_vision_phase(
+    phase: Phase, model: PaliGemmaForConditionalGeneration, drawings: dict[str, torch.Tensor], *, rng: random.Random
 ) -> None:
-    """Trains the vision tower to name objects, under a linear classifier that is then thrown away."""
+    """Train the vision tower to classify objects, with a linear classifier that is then discarded."""
     tower = model.model.vision_tower
     classifier = nn.Linear(tower.config.hidden_size, len(OBJECTS))
 
     def loss_of_next_batch() -> torch.Tensor:
         labels = torch.tensor([rng.randrange(len(OBJECTS)) for _ in range(phase.batch)])
-        seen = tower(pixels(pool, [OBJECTS[label] for label in labels], rng)).last_hidden_state
+        seen = tower(sample_pixels(drawings, [OBJECTS[label] for label in labels], rng)).last_hidden_state
         return functional.cross_entropy(classifier(seen.mean(1)), labels)
 
     optimise(phase, [*tower.parameters(), *classifier.parameters()], loss_of_next_batch)
 
 
 def collate(examples: list[Example], processor: PaliGemmaProcessor) -> dict[str, torch.Tensor]:
-    """Model inputs without pixels, and `labels`, each (row, token): prompts padded on the left, replies on the right.
+    """Model inputs without pixels, and `labels`, each (row, token).
 
-    So every reply starts in the same column, and logits are needed only from there on.
+    Prompts are padded on the left and replies on the right. So every reply starts in the same column, and logits are
+    needed only from that column on.
     """
     tokenizer = processor.tokenizer
     start = processor.image_token * processor.image_seq_length + tokenizer.bos_token
@@ -146,21 +148,21 @@ def collate(examples: list[Example], processor: PaliGemmaProcessor) -> dict[str,
     }
 
 
-def learn_to_reply(
+def run_reply_phase(
     phase: ReplyPhase,
     model: PaliGemmaForConditionalGeneration,
     processor: PaliGemmaProcessor,
     *,
-    pool: dict[str, torch.Tensor],
+    drawings: dict[str, torch.Tensor],
     rng: random.Random,
 ) -> None:
-    """Trains on the replies of the phase."""
+    """Train on random examples for one phase."""
 
     def loss_of_next_batch() -> torch.Tensor:
-        examples = [example(phase, rng) for _ in range(phase.batch)]
+        examples = [sample_example(phase, rng) for _ in range(phase.batch)]
         inputs = collate(examples, processor)
         labels = inputs.pop("labels")
-        images = pixels(pool, [thing for thing, _, _ in examples], rng)
+        images = sample_pixels(drawings, [thing for thing, _, _ in examples], rng)
         logits = model(**inputs, pixel_values=images, use_cache=False, logits_to_keep=labels.shape[1] + 1).logits
         return functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
 
@@ -172,18 +174,18 @@ def learn_to_reply(
 
 
 def train(recipe: Recipe | None = None) -> tuple[PaliGemmaForConditionalGeneration, PaliGemmaProcessor]:
-    """Processor and model, trained from nothing through every phase of the recipe."""
+    """Train a processor's tokenizer, and a model from scratch through every phase of the recipe."""
     recipe = recipe or Recipe()
     torch.manual_seed(recipe.seed)
     torch.set_num_threads(recipe.threads)
     processor = new_processor(tokenizer_texts(recipe.seed), recipe.shape)
     model = new_model(recipe.shape, processor)
-    pool = draw_pool(recipe.drawings, recipe.seed)
-    learn_to_see(recipe.see, model, pool, rng=_rng(recipe, recipe.see))
+    drawings = draw_images(recipe.drawings, recipe.seed)
+    run_vision_phase(recipe.see, model, drawings, rng=_rng(recipe, recipe.see))
     for phase in (recipe.answer, recipe.refuse):
-        learn_to_reply(phase, model, processor, pool=pool, rng=_rng(recipe, phase))
+        run_reply_phase(phase, model, processor, drawings=drawings, rng=_rng(recipe, phase))
     return model, processor
 
 
 if __name__ == "__main__":
-    command(train, "Train the vision-language demo model from nothing.", MODEL_DIR)
+    run_command(train, "Train the vision-language demo model from scratch.", MODEL_DIR)

@@ -1,6 +1,6 @@
-"""What both demos are trained with: phases, the optimiser with its schedule, and byte-level tokenizers.
+"""The parts that both training recipes share: phases, the optimiser with its schedule, tokenizers, the command line.
 
-It knows of no prompts, images or replies: a caller brings its loss.
+This module knows nothing of prompts, images or replies: the caller provides the loss.
 """
 
 from __future__ import annotations
@@ -18,34 +18,35 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, S
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-__all__ = ["BOS", "EOS", "IGNORED", "PAD", "UNK", "Phase", "byte_level_tokenizer", "command", "optimise"]
+__all__ = ["BOS", "EOS", "IGNORED", "PAD", "UNK", "Phase", "byte_level_tokenizer", "optimise", "run_command"]
 
 PAD, EOS, BOS, UNK = "<pad>", "<eos>", "<bos>", "<unk>"  # in the order of their ids in Gemma's own vocabulary
-IGNORED = -100  # label of tokens without a loss
+IGNORED = -100  # label of tokens that have no loss
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One stage of training: how long, how fast, and whether what is harmful is refused in it."""
+    """One phase of training."""
 
     name: str
     steps: int
     learning_rate: float
     refuses: bool = False
+    """Whether harmful requests are refused in this phase."""
     batch: int = 64
     weight_decay: float = 0.01
     warmup: int = 40
 
 
 def _schedule(phase: Phase, optimizer: torch.optim.Optimizer) -> LRScheduler:
-    """A short warm-up, then cosine decay to a tenth."""
+    """A short warm-up, then cosine decay to a tenth of the learning rate."""
     warmup = LinearLR(optimizer, start_factor=1 / phase.warmup, total_iters=phase.warmup)
     decay = CosineAnnealingLR(optimizer, T_max=phase.steps - phase.warmup, eta_min=phase.learning_rate / 10)
     return SequentialLR(optimizer, [warmup, decay], milestones=[phase.warmup])
 
 
 def optimise(phase: Phase, parameters: Iterable[nn.Parameter], loss_of_next_batch: Callable[[], Tensor]) -> None:
-    """Every step of a phase, by AdamW with a fresh state; gradients are clipped to norm 1."""
+    """Run all steps of a phase with a new AdamW optimiser; gradients are clipped to norm 1."""
     trained = list(parameters)
     optimizer = torch.optim.AdamW(trained, lr=phase.learning_rate, weight_decay=phase.weight_decay)
     schedule = _schedule(phase, optimizer)
@@ -61,7 +62,7 @@ def optimise(phase: Phase, parameters: Iterable[nn.Parameter], loss_of_next_batc
 
 
 def byte_level_tokenizer(texts: Iterable[str], size: int, more_special: Sequence[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE that has learnt its merges from `texts`; it adds no special tokens by itself."""
+    """Byte-level BPE trained on `texts`. It adds no special tokens to what it encodes."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -77,10 +78,10 @@ def byte_level_tokenizer(texts: Iterable[str], size: int, more_special: Sequence
     )
 
 
-def command(train: Callable[[], tuple[Any, Any]], description: str, output: Path) -> None:
-    """The command line of a recipe: train a model with its tokenizer or processor, and save both (by default to `output`)."""
+def run_command(train: Callable[[], tuple[Any, Any]], description: str, output: Path) -> None:
+    """Run the command line of a recipe: train the model and its tokenizer or processor, and save both."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--output", type=Path, default=output, help="folder to save to (default: the shipped model)")
     folder = parser.parse_args().output
-    for part in train():
-        part.save_pretrained(folder)
+    for trained in train():
+        trained.save_pretrained(folder)
