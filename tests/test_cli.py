@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from refusal_direction import RunResult, ablated, cli, pipeline, steered
-from refusal_direction.config import TEXT, UNFINISHED, Config
+from refusal_direction.config import CHECKPOINTS, TEXT, Config
 from refusal_direction.engine.interventions import ResidualStream
 from refusal_direction.errors import UnsupportedModelError
 from refusal_direction.flags import parse
@@ -160,7 +160,7 @@ def test_an_error_is_one_message_without_traceback_and_exit_code_2(
     assert "Traceback" not in shown.err
     assert shown.out == ""
     left = {path.name for path in (tmp_path / "out").iterdir()} if (tmp_path / "out").exists() else set()
-    assert left <= {UNFINISHED}
+    assert left <= {CHECKPOINTS}
     assert ("--resume" in shown.err) == bool(left)
 
 
@@ -211,7 +211,7 @@ def test_a_run_that_ends_in_an_error_leaves_no_empty_folder(tmp_path: Path):
     assert run("--refusal_tokens", "no such token", output=tmp_path / "old") == 2
     assert (tmp_path / "old").exists()
     assert run("--kl_threshold", "-1", output=tmp_path / "measured") == 2
-    assert [path.name for path in (tmp_path / "measured").iterdir()] == [UNFINISHED]
+    assert [path.name for path in (tmp_path / "measured").iterdir()] == [CHECKPOINTS]
 
 
 @pytest.mark.parametrize("size", ["infGB", "nanMB", "many", "5TB"])
@@ -236,7 +236,7 @@ def test_an_interrupted_run_leaves_no_results_behind(
     said = capsys.readouterr().err
     assert "Interrupted" in said
     assert "--resume goes on from there" in said
-    assert [path.name for path in tmp_path.iterdir()] == [UNFINISHED]
+    assert [path.name for path in tmp_path.iterdir()] == [CHECKPOINTS]
 
 
 def test_an_unsupported_model_is_refused(
