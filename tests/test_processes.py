@@ -214,7 +214,7 @@ from refusal_direction.runtime import processes
 
 try:
     with processes.joined():
-        print(*processes.summed(torch.ones(3))[0].tolist())
+        print(*processes.all_sum(torch.ones(3))[0].tolist())
         if {error} and processes.rank() == 1:
             raise ValueError
 except ValueError:
@@ -232,7 +232,7 @@ from refusal_direction.runtime import processes
 
 distributed.init_process_group("gloo")
 with processes.joined():
-    print(*processes.summed(torch.ones(3))[0].tolist())
+    print(*processes.all_sum(torch.ones(3))[0].tolist())
 print(distributed.is_initialized())
 distributed.barrier()
 distributed.destroy_process_group()

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from refusal_direction import cli, extract, load_direction
 from refusal_direction.config import VISION, VISION_CONFIG
+from refusal_direction.flags import parse
 from refusal_direction.models import refusal_tokens
 from refusal_direction.models.loading import load_vision_model
 from refusal_direction.output.artifacts import file_names
@@ -201,7 +202,20 @@ def test_the_filter_fills_up_to_eight_with_a_warning(
     assert read(tmp_path, "run.json")["prompts"]["harmful_train"]["kept"] == 5
 
 
-def test_the_environment_sets_the_sample_sizes(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def sizes_of(*flags: str) -> tuple[int, int]:
+    prompts = parse(flags, VISION_CONFIG).prompts
+    return prompts.n_train, prompts.n_val
+
+
+def test_the_environment_sets_the_sample_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLM_N_TRAIN", "5")
+    monkeypatch.setenv("VLM_N_VAL", "2")
+    assert sizes_of() == (5, 2)
+
+
+def test_sample_sizes_of_the_environment_reach_the_run(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("VLM_N_TRAIN", "5")
     monkeypatch.setenv("VLM_N_VAL", "2")
     assert run(sizes=()) == 0
@@ -212,13 +226,11 @@ def test_the_environment_sets_the_sample_sizes(run: Run, tmp_path: Path, monkeyp
 @pytest.mark.parametrize("overruled", ["1000", "many", ""])
 @pytest.mark.parametrize("flags", [("--n_train", "4"), ("--n-train=4",), ("--n_tr", "4")])
 def test_a_flag_wins_over_the_environment(
-    overruled: str, flags: tuple[str, ...], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    overruled: str, flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLM_N_TRAIN", overruled)
     monkeypatch.setenv("VLM_N_VAL", "2")
-    assert run(sizes=flags) == 0
-    prompts = read(tmp_path, "run.json")["prompts"]
-    assert (prompts["harmful_train"]["drawn"], prompts["harmful_val"]["drawn"]) == (4, 2)
+    assert sizes_of(*flags) == (4, 2)
 
 
 def test_help_is_given_whatever_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
