@@ -189,7 +189,7 @@ def _cost(ready: Prepared, passes: dict[str, list[Row]], load_seconds: float) ->
     held = 0
     for name, rows in passes.items():
         sizes = engine.row_bytes(rows)
-        n_passes = sum(1 for _ in engine.budget.chunks(rows, sizes))
+        n_passes = sum(1 for _ in engine.budget.passes(rows, sizes))
         estimated[name] = once * n_passes + each * token_layers(engine, rows, candidates)
         held = max(held, min(engine.budget.hidden_bytes, sum(sizes)))
     return Cost(

@@ -102,7 +102,7 @@ class Budget:
         """Most rows of logits, with their float64 softmax, that are computed at once."""
         return max(1, int(self._logit_rows / self._shrunk))
 
-    def chunks(self, rows: Sequence[_T], sizes: Sequence[int]) -> Iterator[Sequence[_T]]:
+    def passes(self, rows: Sequence[_T], sizes: Sequence[int]) -> Iterator[Sequence[_T]]:
         """Split rows into passes: consecutive rows whose hidden states fit into memory together."""
         begin, held = 0, 0
         for end, size in enumerate(sizes):

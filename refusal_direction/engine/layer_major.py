@@ -172,7 +172,7 @@ class LayerMajor:
 
     def passes(self, rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
         """The rows of each pass over the weights, in order."""
-        yield from self.budget.chunks(rows, self.row_bytes(rows))
+        yield from self.budget.passes(rows, self.row_bytes(rows))
 
     def row_bytes(self, rows: Sequence[Row]) -> list[int]:
         """Memory that each row holds while it is under way; the first row of an intervention includes its prefix row."""
