@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from refusal_direction import cli
+from refusal_direction import cli, flags
+from refusal_direction.config import Config
 from refusal_direction.engine import Engine, Row, budget
 from refusal_direction.engine.interventions import ResidualStream
 from refusal_direction.errors import ConfigurationError
@@ -23,7 +24,7 @@ def test_a_tight_budget_takes_more_passes_and_gives_the_same_scores() -> None:
     tight, loose = engine_with(1 << 20, problem), engine_with(None, problem)
     tight.budget.hidden_bytes //= 64  # the least budget still holds all of these few rows
     rows = [Row(prompt) for prompt in range(len(problem.inputs))]
-    assert len(list(tight.passes(rows))) > len(list(loose.parts(rows))) == 1
+    assert len(list(tight.passes(rows))) > len(list(loose.passes(rows))) == 1
     found, expected = solve(tight, problem), solve(loose, problem)
     assert torch.allclose(found.scores.ablation, expected.scores.ablation, atol=1e-5)
     assert torch.allclose(found.scores.kl, expected.scores.kl, atol=1e-6)
@@ -68,10 +69,10 @@ def test_too_little_is_an_error_that_says_how_much_is_needed() -> None:
 
 @pytest.mark.parametrize(("text", "expected"), [("512MiB", 512 << 20), ("1.5GB", 1_500_000_000), ("2GiB", 2 << 30)])
 def test_sizes_are_read_with_their_units(text: str, expected: int) -> None:
-    assert cli.config_from(cli.parser().parse_args(["--memory_budget", text])).memory_budget == expected
+    assert flags.parse(["--memory_budget", text], Config()).memory_budget == expected
 
 
 def test_a_size_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["--memory_budget", "much"])
-    assert "'much' is no size: give a number and a unit, as 512MiB or 4GB" in capsys.readouterr().err
+    assert "'much' is not a size: give a number and a unit, as 512MiB or 4GB" in capsys.readouterr().err

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from refusal_direction.selection.rules import CandidateScore, select
 from torch import Tensor
 
 from refusal_direction.config import Config, Thresholds
 from refusal_direction.models.loading import load_chat_model
 from refusal_direction.pipeline import RunResult, extract
 from refusal_direction.prompts.sets import Prompt, sample_splits
-from refusal_direction.selection.rules import CandidateScore, select
 
 SETS = ("harmful_train", "harmless_train", "harmful_val", "harmless_val")
 SCORES = {"ablation_refusal": "refusal_score", "steering_refusal": "steering_score", "kl_div": "kl_div_score"}

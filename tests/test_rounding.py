@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from refusal_direction.selection.rules import CandidateScore
 
 from refusal_direction import ChatModel, RunResult, extract
 from refusal_direction.config import TEXT, VISION, Config, ModelSource, Rules, Thresholds
@@ -19,7 +20,6 @@ from refusal_direction.output import text as report
 from refusal_direction.scoring import passes as sweeps
 from refusal_direction.scoring.metrics import Measure
 from refusal_direction.scoring.noise import Repeats, rounded_otherwise, ties
-from refusal_direction.selection.rules import CandidateScore
 from refusal_direction.selection.searches import select_direction
 from tests.candidates import at_layers
 from tests.test_choice import scoring_by, setting_of, silent

@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusal_direction.selection.rules import CandidateScore, Rejection, layer_limit, select, select_survivor, survivors
 from torch import Tensor
 
 from refusal_direction.config import Thresholds
@@ -24,7 +25,6 @@ from refusal_direction.selection.pruned import planner as plan
 from refusal_direction.selection.pruned.bounds import SLACK, Table
 from refusal_direction.selection.pruned.search import Conditions, Found, Hints, ScoreRequest, search
 from refusal_direction.selection.pruned.verdicts import judge
-from refusal_direction.selection.rules import CandidateScore, Rejection, layer_limit, select, select_survivor, survivors
 
 NAN = float("nan")
 KL_FLOOR = -0.01

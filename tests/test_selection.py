@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from refusal_direction.selection.rules import CandidateScore, keep_fitting, layer_limit, select
 
 from refusal_direction.config import Thresholds
 from refusal_direction.errors import NoCandidateError, TooFewPromptsError
-from refusal_direction.selection.rules import CandidateScore, keep_fitting, layer_limit, select
 
 NAN = float("nan")
 GOOD = {"ablation_refusal": -5.0, "steering_refusal": 1.0, "kl_div": 0.05}

@@ -11,10 +11,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from refusal_direction.selection.rules import CandidateScore, keep_fitting, select_survivor, survivors
 
 from refusal_direction.config import VISION, Thresholds
 from refusal_direction.errors import NoCandidateError
-from refusal_direction.selection.rules import CandidateScore, keep_fitting, select_survivor, survivors
 
 NAN = float("nan")
 N_LAYERS = 10
