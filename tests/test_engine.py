@@ -222,7 +222,7 @@ def _traces(model: PreTrainedModel) -> list[str]:
     ]
 
 
-def _run_both_sweeps(engine: Engine, problem: Problem, consume: Callable[..., None]) -> None:
+def _run_both_passes(engine: Engine, problem: Problem, consume: Callable[..., None]) -> None:
     given = candidates(2)
     engine.baseline(consume, lambda *seen: None)
     engine.intervene(every_row(problem, given), given, consume)
@@ -232,7 +232,7 @@ def _run_both_sweeps(engine: Engine, problem: Problem, consume: Callable[..., No
 def test_model_is_as_it_was_after_a_run(family: Any, problem: Problem) -> None:
     model = build(family)
     weights = {name: weight.clone() for name, weight in model.state_dict().items()}
-    _run_both_sweeps(engine_of(model, problem), problem, lambda rows, logits: None)
+    _run_both_passes(engine_of(model, problem), problem, lambda rows, logits: None)
     assert _traces(model) == []
     assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
 
@@ -248,7 +248,7 @@ def test_model_is_as_it_was_after_a_failure_of_the_caller(family: Any, failing_c
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        _run_both_sweeps(engine_of(model, problem), problem, consume)
+        _run_both_passes(engine_of(model, problem), problem, consume)
     assert _traces(model) == []
 
 
@@ -266,7 +266,7 @@ def test_model_is_as_it_was_after_a_failure_inside_a_layer(family: Any, failing_
     norm = engine.stream.layers[2].get_submodule("input_layernorm")
     handle = norm.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="the layer broke"):
-        _run_both_sweeps(engine, problem, lambda rows, logits: None)
+        _run_both_passes(engine, problem, lambda rows, logits: None)
     handle.remove()
     assert _traces(model) == []
 

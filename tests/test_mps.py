@@ -23,7 +23,7 @@ families = pytest.mark.parametrize(
 
 
 def solve_there(model: PreTrainedModel, problem: Problem) -> Answer:
-    """Both sweeps, with the model and its inputs on the pretended device."""
+    """Both passes, with the model and its inputs on the pretended device."""
     with pretended_mps(model):
         inputs = [{name: tensor.to(MPS) for name, tensor in one.items()} for one in problem.inputs]
         assert all(isinstance(tensor, Pretended) for one in inputs for tensor in one.values())

@@ -173,7 +173,7 @@ from refusal_direction.runtime import processes
 
 try:
     with processes.joined():
-        print(*processes.summed(torch.ones(3))[0].tolist())
+        print(*processes.all_sum(torch.ones(3))[0].tolist())
         if {error} and processes.rank() == 1:
             raise ValueError
 except ValueError:
@@ -191,7 +191,7 @@ from refusal_direction.runtime import processes
 
 distributed.init_process_group("gloo")
 with processes.joined():
-    print(*processes.summed(torch.ones(3))[0].tolist())
+    print(*processes.all_sum(torch.ones(3))[0].tolist())
 print(distributed.is_initialized())
 distributed.barrier()
 distributed.destroy_process_group()
@@ -206,7 +206,7 @@ from refusal_direction.runtime import processes
 with processes.joined():
     first = processes.rank() == 0
     print(processes.all_max(0.25 if first else 0.75), processes.all_ranks(True), processes.all_ranks(first))
-    print(processes.said_elsewhere(["all"] if first else ["all", "one"]))
+    print(processes.gather_warnings(["all"] if first else ["all", "one"]))
 """)
     assert first == "0.75 True False\n['one']\n"
     assert second == "0.75 True False\n[]\n"
