@@ -44,7 +44,7 @@ def _pair(name: str, options: argparse.Namespace) -> tuple[float, float, int, in
         cost = inspect(config).cost
         begin = time.perf_counter()
         try:
-            memory = extract(config.model.model_id, config).peak_memory
+            memory = extract(config.model.model_id, config).peak_memory_bytes
         except NoCandidateError:  # of a random model, after all the work
             memory = peak_bytes(torch.device("cpu"))
         return cost.seconds, time.perf_counter() - begin, cost.memory, memory

@@ -2,7 +2,7 @@
 
     python benchmarks/growth.py [--plot growth.png]
 
-Sweep 2 on a random Gemma (d 256), float32. Each point is the best of three, taken in turn.
+Pass 2 on a random Gemma (d 256), float32. Each point is the best of three, taken in turn.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ import torch
 from transformers import GemmaConfig, GemmaForCausalLM
 
 from refusal_direction.candidates import CandidateLabel, Candidates
-from refusal_direction.engine import Engine
+from refusal_direction.engine import Engine, Intervention, Row
 from refusal_direction.engine.interventions import ResidualStream
-from refusal_direction.scoring.scores import intervention_rows
 
 TIMES = (1, 2, 4)
 BASE = {"prompts": 8, "candidates": 16, "layers": 4}
@@ -54,7 +53,17 @@ def case(prompts: int, candidates: int, layers: int) -> tuple[Engine, Candidates
 
 def seconds(engine: Engine, candidates: Candidates) -> float:
     half = len(engine.prompts) // 2
-    rows = intervention_rows(candidates, harmful=list(range(half)), harmless=list(range(half, len(engine.prompts))))
+    harmful, harmless = range(half), range(half, len(engine.prompts))
+    rows = [
+        Row(prompt, intervention, candidate)
+        for candidate in range(len(candidates))
+        for intervention, prompts in (
+            (Intervention.ABLATION, harmful),
+            (Intervention.ABLATION, harmless),
+            (Intervention.STEERING, harmless),
+        )
+        for prompt in prompts
+    ]
     begin = time.perf_counter()
     engine.intervene(rows, candidates, lambda rows, logits: None)
     return time.perf_counter() - begin
@@ -81,7 +90,7 @@ def plot(found: dict[str, list[float]], path: Path) -> None:
         label = f"{name} ({BASE[name]}: {values[0]:.2f} s)"
         axes.plot(TIMES, [value / values[0] for value in values], marker="o", label=label)
     axes.plot(TIMES, TIMES, color="grey", linestyle="--", label="linear")
-    title = f"How the cost of sweep 2 grows\n(random Gemma, d 256; {torch.get_num_threads()} threads; 1x in brackets)"
+    title = f"How the cost of pass 2 grows\n(random Gemma, d 256; {torch.get_num_threads()} threads; 1x in brackets)"
     axes.set(xlabel="times as many", ylabel="times as long", xticks=TIMES, title=title)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)

@@ -15,17 +15,13 @@ from accelerate.utils.modeling import convert_file_size_to_int
 from apart import apart
 from scoring import random_gemma
 
+from refusal_direction.candidates import Candidates
 from refusal_direction.engine import Engine
 from refusal_direction.engine.interventions import ResidualStream
-from refusal_direction.models.refusal_tokens import RefusalTokens
+from refusal_direction.prompts.sets import Kind, Split
 from refusal_direction.runtime.memory import peak_bytes
-from refusal_direction.scoring.scores import (
-    ScoringContext,
-    baseline_bytes,
-    intervention_rows,
-    measure_baseline,
-    score_candidates,
-)
+from refusal_direction.scoring.baseline import baseline_bytes, measure_baseline
+from refusal_direction.scoring.requests import ScoringContext, measure, request_all
 
 N_POSITIONS = 5
 
@@ -41,17 +37,19 @@ def _run(budget: int | None, options: argparse.Namespace) -> tuple[int, int, int
     reserved = baseline_bytes(stream, n_activations=len(inputs), n_positions=N_POSITIONS, n_logits=options.n_val)
     before = psutil.Process().memory_info().rss
     engine = Engine(stream, inputs, memory=budget, reserved_bytes=reserved, observed_tokens=N_POSITIONS)
-    tokens = RefusalTokens((7,), ("a",), "a benchmark")
     baseline = measure_baseline(
-        engine, tokens, n_positions=N_POSITIONS, activations_of=range(len(inputs)), logits_of=harmless
+        engine, (7,), n_positions=N_POSITIONS, activations_of=range(len(inputs)), logits_of=harmless
     )
-    candidates = torch.randn(2, options.layers, stream.skeleton.d_model, generator=generator)
-    kept = {"harmful_val": harmful, "harmless_val": harmless}
-    setting = ScoringContext(engine, tokens, candidates, baseline, kept)
-    rows = intervention_rows(setting.flat, **setting.validation)
-    chunks = len(list(engine.parts(rows)))
-    score_candidates(setting, setting.flat, rows=rows)
-    return peak_bytes(torch.device("cpu")) - before, chunks, sum(engine.row_bytes(rows))
+    candidates = Candidates.from_grid(
+        torch.randn(2, options.layers, stream.skeleton.d_model, generator=generator), "random"
+    )
+    kept = {(Kind.HARMFUL, Split.VALIDATION): harmful, (Kind.HARMLESS, Split.VALIDATION): harmless}
+    context = ScoringContext(engine, (7,), candidates, baseline, kept)
+    requests = request_all(context)
+    rows = [context.row(request) for request in requests]
+    n_passes = len(list(engine.passes(rows)))
+    measure(context, candidates, requests)
+    return peak_bytes(torch.device("cpu")) - before, n_passes, sum(engine.row_bytes(rows))
 
 
 def main() -> None:
@@ -64,9 +62,9 @@ def main() -> None:
     print("budget        peak beside the model   of the budget   passes   hidden states of all rows")
     for name in options.budgets:
         budget = int(convert_file_size_to_int(name))
-        peak, chunks, needed = apart(_run, budget, options)
+        peak, n_passes, needed = apart(_run, budget, options)
         print(
-            f"{name:10s} {peak / 2**20:12.0f} MiB {peak / budget:18.0%} {chunks:14d} {needed / 2**20:14.0f} MiB",
+            f"{name:10s} {peak / 2**20:12.0f} MiB {peak / budget:18.0%} {n_passes:14d} {needed / 2**20:14.0f} MiB",
             flush=True,
         )
 

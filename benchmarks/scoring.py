@@ -25,20 +25,22 @@ import psutil
 import torch
 import vision
 from apart import apart
+from measuring import context_of, with_measured
 from torch import Tensor
 from transformers import AutoTokenizer, GemmaConfig, GemmaForCausalLM, PreTrainedTokenizerBase
 
 from refusal_direction import demo
 from refusal_direction.config import DEMO_MODEL, Config, ModelSource, PromptSource
-from refusal_direction.directions import mean_difference, unit
+from refusal_direction.directions import unit
 from refusal_direction.engine import Engine
 from refusal_direction.engine.interventions import ResidualStream
 from refusal_direction.models.chat import ChatModel
 from refusal_direction.models.refusal_tokens import resolve
-from refusal_direction.prompts import PromptSets, gather
+from refusal_direction.prompts import Kind, PromptSets, Split, gather
 from refusal_direction.runtime.memory import peak_bytes
+from refusal_direction.scoring.baseline import measure_baseline
 from refusal_direction.scoring.metrics import kl_divergence, refusal_score
-from refusal_direction.scoring.scores import ScoringContext, intervention_rows, measure_baseline, score_candidates
+from refusal_direction.scoring.requests import request_all
 
 BATCH = 32
 VOCABULARY = 8192
@@ -83,23 +85,24 @@ def setting(options: argparse.Namespace, **others: Any) -> tuple[ChatModel, Prom
 
 def prompt_sets(options: argparse.Namespace) -> PromptSets:
     """The published ones; the demo's, if they have not been downloaded."""
-    source = PromptSource(n_train=options.n_train, n_val=options.n_val, data_dir=options.data_dir)
+    source = PromptSource(n_train=options.n_train, n_val=options.n_val, n_test=0, data_dir=options.data_dir)
     published = (options.data_dir / "harmful_train.json").exists()
     return gather(Config(model=ModelSource("random" if published else DEMO_MODEL), prompts=source))
 
 
 def ours(chat: ChatModel, sets: PromptSets) -> dict[str, Tensor]:
-    tokens, indices = resolve(chat, ("I",)), sets.indices()
-    inputs = [chat.inputs(prompt) for prompt in sets.everything]
+    tokens, indices = resolve(chat, ("I",)).ids, sets.indices()
+    inputs = [chat.inputs(prompt) for prompt in sets.for_selection]
     engine = Engine(ResidualStream(chat.model), inputs, observed_tokens=chat.n_positions)
-    train = indices["harmful_train"] + indices["harmless_train"]
     baseline = measure_baseline(
-        engine, tokens, n_positions=chat.n_positions, activations_of=train, logits_of=indices["harmless_val"]
+        engine,
+        tokens,
+        n_positions=chat.n_positions,
+        activations_of=indices[Kind.HARMFUL, Split.TRAIN] + indices[Kind.HARMLESS, Split.TRAIN],
+        logits_of=indices[Kind.HARMLESS, Split.VALIDATION],
     )
-    n_train = len(sets.harmful_train)
-    means = mean_difference(baseline.activations[:n_train], baseline.activations[n_train:])
-    setting = ScoringContext(engine, tokens, means, baseline, indices)
-    scores = score_candidates(setting, setting.flat, rows=intervention_rows(setting.flat, **setting.validation))
+    context = context_of(engine, tokens, baseline, indices)
+    scores = with_measured(context.unmeasured(), context, request_all(context))
     return {"ablation": scores.ablation, "steering": scores.steering, "kl": scores.kl}
 
 

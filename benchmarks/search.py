@@ -21,20 +21,24 @@ from typing import Any
 import torch
 import vision
 from apart import apart
-from refusal_direction.selection.rules import CandidateScore, select
+from refusal_direction.selection.rules import CandidateScore
 from scoring import Naive
 from torch import Tensor
 from transformers import PreTrainedModel
 from wide import widened
 
 from refusal_direction import ChatModel, extract, load_chat_model
+from refusal_direction.candidates import CandidateLabel
 from refusal_direction.config import DEMO_MODEL, VISION_CONFIG, Config, ModelSource, PromptSource
-from refusal_direction.directions import NULL_NORM
 from refusal_direction.models.loading import load
 from refusal_direction.models.refusal_tokens import RefusalTokens
-from refusal_direction.pipeline import RunResult
-from refusal_direction.prompts import PromptSets, gather
+from refusal_direction.prompts import Kind, PromptSets, Split, gather
+from refusal_direction.prompts.sets import SETS_FOR_SELECTION, PromptSet
+from refusal_direction.results import RunResult
 from refusal_direction.scoring.metrics import Measure
+from refusal_direction.scoring.scores import CandidateScore
+from refusal_direction.selection.conditions import Conditions
+from refusal_direction.selection.decision import decide
 
 
 @dataclass(frozen=True)
@@ -51,18 +55,19 @@ class VisionCase:
 class Known:
     """What the naive way is told, so that it chooses among the same candidates on the same prompts."""
 
-    kept: dict[str, list[int]]
+    kept: dict[PromptSet, tuple[int, ...]]
     """For each set, the prompts that the filter left."""
     tokens: RefusalTokens
-    null: list[int]
-    """Candidates of length zero."""
+    labels: tuple[CandidateLabel, ...]
+    zero: list[bool]
+    """Which candidates have length zero."""
     n_layers: int
 
     @classmethod
     def of(cls, found: RunResult) -> Known:
-        vectors = found.candidates.flatten(0, 1)
-        null = [index for index, vector in enumerate(vectors) if vector.norm() <= NULL_NORM]
-        return cls(found.kept, found.tokens, null, found.candidates.shape[1])
+        kept = {which: found.prompts[which].kept for which in SETS_FOR_SELECTION}
+        candidates = found.candidates
+        return cls(kept, found.refusal_tokens, candidates.labels, candidates.zero.tolist(), found.model.n_layers)
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ def show(run: Run) -> None:
 
 def loaded(options: argparse.Namespace) -> tuple[ChatModel, PromptSets, Config]:
     """The small model, before it is made wide."""
-    sizes = PromptSource(n_train=options.n_train, n_val=options.n_val, seed=options.seed)
+    sizes = PromptSource(n_train=options.n_train, n_val=options.n_val, n_test=0, seed=options.seed)
     if options.vlm:
         config = replace(VISION_CONFIG, model=ModelSource(DEMO_MODEL), prompts=sizes, batch_size=None, skip_filter=True)
         return load(config), gather(config), config
@@ -126,7 +131,7 @@ def proportions(chat: ChatModel, sets: PromptSets) -> str:
     def size(module: torch.nn.Module) -> int:
         return sum(weight.numel() for weight in module.parameters())
 
-    inputs = [chat.inputs(prompt) for prompt in sets.everything]
+    inputs = [chat.inputs(prompt) for prompt in sets.for_selection]
     tokens = sum(one["input_ids"].shape[1] for one in inputs) / len(inputs)
     layers, head = size(chat.model.get_decoder().layers), size(chat.model.get_output_embeddings())
     said = f"{tokens:.0f} tokens a prompt; the head takes {head / layers:.0%} of the layers' work"
@@ -140,33 +145,35 @@ def proportions(chat: ChatModel, sets: PromptSets) -> str:
 
 def naive(chat: ChatModel, sets: PromptSets, config: Config, known: Known) -> tuple[int, dict[str, Tensor]]:
     """The candidate that the published loop selects, on the prompts that the filter kept, and mean scores of all."""
-    everything = sets.everything
-    kept = PromptSets(**{name: tuple(everything[place] for place in members) for name, members in known.kept.items()})
+    kept = PromptSets.of({which: [sets[which][index] for index in members] for which, members in known.kept.items()})
     scores = {name: values.mean(1) for name, values in Naive(chat, kept).run().items()}
     columns = zip(*(scores[name].tolist() for name in ("ablation", "steering", "kl")), strict=True)
-    means = [CandidateScore(0, index % known.n_layers, *values) for index, values in enumerate(columns)]
-    return select(means, known.n_layers, thresholds=config.thresholds, null=known.null).index, scores
+    means = [CandidateScore(label, *values) for label, values in zip(known.labels, columns, strict=True)]
+    conditions = Conditions.of(config, known.n_layers, 0.0)  # of text they do not depend on the baseline
+    selected = decide(means, conditions, known.zero).selected
+    assert selected is not None, "the naive way selects nothing, where the engine does"
+    return selected, scores
 
 
 def naive_vision(chat: ChatModel, sets: PromptSets, config: Config, known: Known) -> tuple[int, dict[str, Tensor]]:
-    """Likewise for images with text: KL first, 15 survivors."""
-    inputs = {name: [chat.inputs(prompt) for prompt in getattr(sets, name)] for name in known.kept}
-    harmful, harmless = (inputs[f"{kind}_train"] + inputs[f"{kind}_val"] for kind in ("harmful", "harmless"))
+    """Likewise for images with text: KL first, then the 15 candidates of lowest KL."""
+    inputs = {which: [chat.inputs(prompt) for prompt in sets[which]] for which in known.kept}
+    harmful, harmless = (inputs[kind, Split.TRAIN] + inputs[kind, Split.VALIDATION] for kind in Kind)
     case: Any = VisionCase(chat.model, harmful, harmless, len(sets.harmful_train))
-    result = vision.Naive(case, known.tokens, config.thresholds).run()
+    result = vision.Naive(case, known.tokens, config).run()
     return result["selected"], {name: result[name].mean(1) for name in ("ablation", "steering", "kl")}
 
 
 def account(found: RunResult) -> str:
     """Prompt evaluations, and the layers that they go through: a steered row starts at its candidate's."""
-    choice, n_layers = found.choice, found.candidates.shape[1]
-    steered = choice.measured[Measure.STEERING]
-    skipped = int((torch.arange(len(steered)) % n_layers * steered).sum())
+    selection, n_layers = found.selection, found.model.n_layers
+    steered = zip(found.candidates.layers, selection.measured[Measure.STEERING], strict=True)
+    skipped = sum(layer * count for layer, count in steered)
     return json.dumps(
         {
-            "prompt evaluations": choice.evaluations,
-            "times layers": n_layers * choice.evaluations - skipped,
-            "sweeps": choice.n_sweeps,
+            "prompt evaluations": selection.evaluations,
+            "times layers": n_layers * selection.evaluations - skipped,
+            "passes": selection.n_passes,
             "seconds": {stage: round(seconds, 1) for stage, seconds in found.seconds.items()},
         }
     )

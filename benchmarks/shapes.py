@@ -36,11 +36,11 @@ from transformers import (
 
 from refusal_direction import ChatModel, extract, load_vision_model
 from refusal_direction.config import DEMO_MODEL, VISION_CONFIG, Config, ModelSource, PromptSource, Thresholds
-from refusal_direction.pipeline import RunResult
 from refusal_direction.prompts import PromptSets, gather
+from refusal_direction.results import RunResult
 from refusal_direction.scoring.metrics import Measure
 
-NO_THRESHOLDS = Thresholds(kl=1e9, induce=-1e9)
+NO_THRESHOLDS = Thresholds(kl_threshold=1e9, induce_threshold=-1e9)
 _T = TypeVar("_T")
 
 
@@ -98,7 +98,7 @@ def built(options: argparse.Namespace) -> PreTrainedModel:
 
 
 def setting(options: argparse.Namespace) -> tuple[ChatModel, PromptSets, Config]:
-    model, sizes = built(options), PromptSource(n_train=options.n_train, n_val=options.n_val)
+    model, sizes = built(options), PromptSource(n_train=options.n_train, n_val=options.n_val, n_test=0)
     common = {"prompts": sizes, "skip_filter": True, "thresholds": NO_THRESHOLDS, "batch_size": None}
     if isinstance(model, GemmaForCausalLM):
         chat = ChatModel(model, tokenizer_for(options.data_dir), options.shape)
@@ -107,6 +107,7 @@ def setting(options: argparse.Namespace) -> tuple[ChatModel, PromptSets, Config]
     images, tower = demo.processor.image_processor, model.config.vision_config
     images.size = {"height": tower.image_size, "width": tower.image_size}
     demo.processor.image_seq_length = images.image_seq_length = (tower.image_size // tower.patch_size) ** 2
+    common["thresholds"] = replace(NO_THRESHOLDS, top_k_candidates=VISION_CONFIG.thresholds.top_k_candidates)
     config = replace(VISION_CONFIG, model=ModelSource(DEMO_MODEL), **common)
     return replace(demo, model=model), gather(config), config
 

@@ -10,26 +10,34 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from refusal_direction.selection.rules import CandidateScore, select_survivor, survivors
+from measuring import METHOD, context_of, with_measured
 from torch import Tensor
 from transformers import Gemma2Config, PaliGemmaConfig, PaliGemmaForConditionalGeneration, SiglipVisionConfig
 
-from refusal_direction.config import VISION, Thresholds
-from refusal_direction.directions import mean_difference, unit
+from refusal_direction.candidates import Candidates
+from refusal_direction.config import VISION_CONFIG, Config, Thresholds
+from refusal_direction.directions import unit
 from refusal_direction.engine import Engine
 from refusal_direction.engine.interventions import ResidualStream
 from refusal_direction.models.refusal_tokens import RefusalTokens
+from refusal_direction.prompts.sets import SETS_FOR_SELECTION, Kind, Split
+from refusal_direction.scoring.baseline import measure_baseline
 from refusal_direction.scoring.metrics import Measure, kl_divergence, refusal_score
-from refusal_direction.scoring.scores import ALL, ScoringContext, intervention_rows, measure_baseline, score_candidates
+from refusal_direction.scoring.requests import request_all
+from refusal_direction.scoring.scores import Scores
+from refusal_direction.selection.conditions import Conditions
+from refusal_direction.selection.decision import decide, finalists, relax_kl
 
 POSITIONS = 3
 BATCH = 8
 IMAGE_TOKEN = 30_463
 REFUSAL = RefusalTokens((7, 11), ("a", "b"), "the benchmark")
-WHOLE = Thresholds(kl=1e9)  # random weights: let the KL rank, not exclude
+RANDOM = replace(VISION_CONFIG, thresholds=Thresholds(kl_threshold=1e9, top_k_candidates=15))
+"""For random weights: let the KL rank, not exclude."""
 
 Prompts = list[dict[str, Tensor]]
 
@@ -93,9 +101,11 @@ def ours(case: Case) -> dict[str, Any]:
     everything = [
         *case.harmful[:n_train], *case.harmless[:n_train], *case.harmful[n_train:], *case.harmless[n_train:]
     ]  # fmt: skip
+    sizes = (n_train, n_train, n_val, n_val)
+    begins = (0, n_train, 2 * n_train, 2 * n_train + n_val)
     kept = {
-        "harmful_val": list(range(2 * n_train, 2 * n_train + n_val)),
-        "harmless_val": list(range(2 * n_train + n_val, 2 * n_train + 2 * n_val)),
+        which: list(range(begin, begin + size))
+        for which, begin, size in zip(SETS_FOR_SELECTION, begins, sizes, strict=True)
     }
     seconds = {}
     begin = time.perf_counter()
@@ -108,54 +118,56 @@ def ours(case: Case) -> dict[str, Any]:
     engine = Engine(ResidualStream(case.model), everything)
     lap("vision tower and embedding merge, once a prompt")
     baseline = measure_baseline(
-        engine, REFUSAL, n_positions=POSITIONS, activations_of=range(2 * n_train), logits_of=kept["harmless_val"]
+        engine,
+        REFUSAL.ids,
+        n_positions=POSITIONS,
+        activations_of=range(2 * n_train),
+        logits_of=kept[Kind.HARMLESS, Split.VALIDATION],
     )
-    means = mean_difference(baseline.activations[:n_train], baseline.activations[n_train:])
-    setting = ScoringContext(engine, REFUSAL, means, baseline, kept)
-    lap("sweep 1, baseline")
-
-    def scored(measures: frozenset[Measure], among: list[int] | None) -> Any:
-        rows = intervention_rows(setting.flat, **setting.validation, measures=measures, among=among)
-        return score_candidates(setting, setting.flat, rows=rows)
-
-    scores = scored(frozenset({Measure.KL}), None)
-    lap("sweep 2, KL of every candidate")
-    finalists = survivors(
-        _means(scores.ablation, scores.steering, scores.kl, means.shape[1]),
-        means.shape[1],
-        thresholds=WHOLE,
-        top_k=VISION.top_k or 15,
-    )
-    scores = scores.with_more(scored(ALL - {Measure.KL}, finalists))
-    lap("sweep 3, ablation and steering of the survivors")
-    chosen = select_survivor(
-        _means(scores.ablation, scores.steering, scores.kl, means.shape[1]),
-        finalists,
-        thresholds=WHOLE,
-        baseline=float(baseline.refusal[kept["harmless_val"]].mean()),
-        n_layers=means.shape[1],
-    )
-    return {
-        "ablation": scores.ablation,
-        "steering": scores.steering,
-        "kl": scores.kl,
-        "finalists": finalists,
-        "selected": chosen.index,
-        "laps": seconds,
-    }
+    context = context_of(engine, REFUSAL.ids, baseline, kept)
+    rules = Rules.of(RANDOM, context.candidates, float(context.refusal(Kind.HARMLESS).mean()))
+    lap("pass 1, baseline")
+    scores = with_measured(context.unmeasured(), context, request_all(context, [Measure.KL]))
+    lap("pass 2, KL of every candidate")
+    considered = rules.considered(scores)
+    rest = request_all(context, [Measure.ABLATION, Measure.STEERING], considered)
+    scores = with_measured(scores, context, rest)
+    lap("pass 3, ablation and steering of those of lowest KL")
+    return {**_result(scores, considered, rules), "laps": seconds}
 
 
-def _means(ablation: Tensor, steering: Tensor, kl: Tensor, n_layers: int) -> list[CandidateScore]:
-    columns = zip(ablation.mean(1).tolist(), steering.mean(1).tolist(), kl.mean(1).tolist(), strict=True)
-    return [CandidateScore(i // n_layers - POSITIONS, i % n_layers, *row) for i, row in enumerate(columns)]
+@dataclass(frozen=True)
+class Rules:
+    """KL first, on these candidates."""
+
+    candidates: Candidates
+    conditions: Conditions
+
+    @classmethod
+    def of(cls, config: Config, candidates: Candidates, harmless_baseline: float) -> Rules:
+        return cls(candidates, Conditions.of(config, max(candidates.layers) + 1, harmless_baseline))
+
+    def considered(self, scores: Scores) -> list[int]:
+        """The candidates of lowest KL."""
+        means, zero = scores.means(self.candidates.labels), self.candidates.zero.tolist()
+        return finalists(means, relax_kl(means, self.conditions, zero), zero)
+
+    def selected(self, scores: Scores) -> int | None:
+        """The candidate that they select."""
+        return decide(scores.means(self.candidates.labels), self.conditions, self.candidates.zero.tolist()).selected
+
+
+def _result(scores: Scores, considered: list[int], rules: Rules) -> dict[str, Any]:
+    by_name = {measure.name.lower(): scores.of(measure) for measure in Measure}
+    return {**by_name, "finalists": considered, "selected": rules.selected(scores)}
 
 
 class Naive:
-    """The published loop: tower and logits of all positions for every candidate; KL first, 15 survivors."""
+    """The published loop: tower and logits of all positions for every candidate; KL first, then those of lowest KL."""
 
-    def __init__(self, case: Case, tokens: RefusalTokens = REFUSAL, thresholds: Thresholds = WHOLE) -> None:
+    def __init__(self, case: Case, tokens: RefusalTokens = REFUSAL, config: Config = RANDOM) -> None:
         self.case, self.model = case, case.model
-        self.tokens, self.thresholds = tokens.ids, thresholds
+        self.tokens, self.config = tokens.ids, config
         self.layers = case.model.model.language_model.layers
 
     @torch.no_grad()
@@ -207,7 +219,9 @@ class Naive:
         self.last_logits(harmful)
         before = self.last_logits(harmless)
         means = self.mean_activations(self.case.harmful[:n_train]) - self.mean_activations(self.case.harmless[:n_train])
-        r, n_layers = means.flatten(0, 1), len(self.layers)
+        candidates, n_layers = Candidates.from_grid(means, METHOD), len(self.layers)
+        rules = Rules.of(self.config, candidates, float(refusal_score(before, self.tokens).mean()))
+        r = candidates.vectors
         u, added = unit(r).to(self.model.dtype), r.to(self.model.dtype)
         nothing = torch.full((len(r), len(harmless)), torch.nan, dtype=torch.float64)
         kl, ablation, steering = nothing.clone(), nothing.clone(), nothing.clone()
@@ -218,28 +232,14 @@ class Naive:
         for index in range(len(r)):
             with ablated(index):
                 kl[index] = kl_divergence(before, self.last_logits(harmless))
-        finalists = survivors(
-            _means(ablation, steering, kl, n_layers), n_layers, thresholds=self.thresholds, top_k=VISION.top_k or 15
-        )
-        for index in finalists:
+        scores = Scores(ablation, steering, kl)
+        considered = rules.considered(scores)
+        for index in considered:
             with ablated(index):
                 ablation[index] = refusal_score(self.last_logits(harmful), self.tokens)
             with self.hooked(lambda x, i=index: x + added[i], [self.layers[index % n_layers]], outputs=False):
                 steering[index] = refusal_score(self.last_logits(harmless), self.tokens)
-        chosen = select_survivor(
-            _means(ablation, steering, kl, n_layers),
-            finalists,
-            thresholds=self.thresholds,
-            baseline=float(refusal_score(before, self.tokens).mean()),
-            n_layers=n_layers,
-        )
-        return {
-            "ablation": ablation,
-            "steering": steering,
-            "kl": kl,
-            "finalists": finalists,
-            "selected": chosen.index,
-        }
+        return _result(scores, considered, rules)
 
 
 def _padded(tensor: Tensor, length: int, name: str) -> Tensor:

@@ -53,9 +53,7 @@ class ModelSource:
     model_id: str = _setting("google/gemma-7b-it", "Hub id, local folder, or demo", metavar="ID")
     dtype: str = _setting("auto", "bfloat16, float16, float32 or auto: bfloat16 where the device is fast with it")
     device: str = _setting("auto", "cuda, mps, cpu or auto (offloads weights that do not fit)")
-    quantization: str | None = _setting(
-        None, "4bit or 8bit: quantise the weights as they are loaded (bitsandbytes)", metavar="BITS"
-    )
+    quantization: str | None = _setting(None, "4bit or 8bit: quantise the weights (bitsandbytes)", metavar="BITS")
     revision: str | None = _setting(None, "branch, tag or commit of a Hub id", metavar="NAME")
     adapter: str | None = _setting(None, "PEFT adapter for the model: Hub id or folder", metavar="ID")
     trust_remote_code: bool = _setting(False, "run Python code that comes with the model")
@@ -166,7 +164,7 @@ class Config:
         None, "most rows through a layer at once (default: by free memory)", metavar="ROWS", group="model"
     )
     memory_budget: int | None = _setting(
-        None, "most memory beside the model, for example 512MiB or 4GB", metavar="SIZE", group="model", size=True
+        None, "most memory beside the model, as 512MiB or 4GB", metavar="SIZE", group="model", size=True
     )
     skip_filter: bool = _setting(False, "keep prompts whatever their baseline refusal score", group="prompts")
     refusal_tokens: tuple[str | int, ...] = _setting(
@@ -181,11 +179,9 @@ class Config:
         group="method",
     )
     output_dir: Path = _setting(Path("artifacts"), "folder of the results", group="output")
-    keep_activations: bool = _setting(
-        False, "also store the activations of the training prompts at the end-of-instruction tokens", group="output"
-    )
+    keep_activations: bool = _setting(False, "also store the activations of the training prompts", group="output")
     resume: bool = _setting(False, "continue an interrupted run from its last checkpoint", group="output")
-    sanity: bool = _setting(False, "show a few baseline, ablated and steered completions at the end", group="output")
+    sanity: bool = _setting(False, "show a few baseline, ablated, steered completions", group="output")
 
     def __post_init__(self) -> None:
         _at_least(1, batch_size=self.batch_size, memory_budget=self.memory_budget)

@@ -11,19 +11,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from refusal_direction.directions import mean_difference
+from refusal_direction.candidates import Candidates
 from refusal_direction.engine import Engine
 from refusal_direction.engine.interventions import ResidualStream, ablated
-from refusal_direction.models.refusal_tokens import RefusalTokens
+from refusal_direction.methods import make_candidates
+from refusal_direction.prompts.sets import SETS_FOR_SELECTION, Kind, PromptSet, Split, set_name
 from refusal_direction.runtime.store import NO_CHECKPOINTS, CheckpointStore
-from refusal_direction.scoring.scores import (
-    Baseline,
-    Scores,
-    ScoringContext,
-    intervention_rows,
-    measure_baseline,
-    score_candidates,
-)
+from refusal_direction.scoring.baseline import Baseline, measure_baseline
+from refusal_direction.scoring.requests import ScoringContext, measure, request_all
+from refusal_direction.scoring.scores import Scores
 from tests.families.building import Family, layers_of
 from tests.families.sizes import VOCAB
 from tests.oracles import reference, stream
@@ -59,13 +55,13 @@ class Sets(ABC, Generic[Prompt]):
         """The model's inputs for every prompt, set after set."""
         return [self.as_inputs(prompt) for members in self.sets.values() for prompt in members]
 
-    def indices(self) -> dict[str, list[int]]:
-        """For each set, the places of its prompts in `inputs`."""
-        places: dict[str, list[int]] = {}
-        for name, members in self.sets.items():
-            begin = sum(map(len, places.values()))
-            places[name] = list(range(begin, begin + len(members)))
-        return places
+    def indices(self) -> dict[PromptSet, list[int]]:
+        """For each set, the indices of its prompts in `inputs`."""
+        indices: dict[PromptSet, list[int]] = {}
+        for which in SETS_FOR_SELECTION:
+            begin = sum(map(len, indices.values()))
+            indices[which] = list(range(begin, begin + len(self.sets[set_name(which)])))
+        return indices
 
 
 def as_inputs(prompt: list[int]) -> dict[str, Tensor]:
@@ -86,9 +82,13 @@ class Answer:
 
     engine: Engine
     baseline: Baseline
-    candidates: Tensor
-    """[position, layer, d_model]"""
+    made: Candidates
     scores: Scores
+
+    @property
+    def candidates(self) -> Tensor:
+        """[position, layer, d_model]"""
+        return self.made.laid_out()
 
 
 def make_problem(seed: int = 0, *, n_train: int = 5, n_val: int = 4, opening: Sequence[int] = (2, 6, 10)) -> Problem:
@@ -116,23 +116,26 @@ def engine_of(
 
 
 def solve(engine: Engine, problem: Sets[Any], store: CheckpointStore = NO_CHECKPOINTS) -> Answer:
-    """Both sweeps of the package, as its pipeline runs them, with every prompt kept."""
-    tokens = RefusalTokens(REFUSAL_TOKENS, ("a", "b"), "a test")
-    places = problem.indices()
+    """Both passes of the package, as its pipeline runs them, with every prompt kept."""
+    indices = problem.indices()
+    train = {kind: indices[kind, Split.TRAIN] for kind in Kind}
     baseline = measure_baseline(
         engine,
-        tokens,
+        REFUSAL_TOKENS,
         n_positions=N_POSITIONS,
-        activations_of=places["harmful_train"] + places["harmless_train"],
-        logits_of=places["harmless_val"],
+        activations_of=train[Kind.HARMFUL] + train[Kind.HARMLESS],
+        logits_of=indices[Kind.HARMLESS, Split.VALIDATION],
         store=store,
     )
-    middle = len(places["harmful_train"])
-    candidates = mean_difference(baseline.activations[:middle], baseline.activations[middle:])
-    setting = ScoringContext(engine, tokens, candidates, baseline, places, store)
-    rows = intervention_rows(setting.flat, **setting.validation)
-    scores = score_candidates(setting, setting.flat, rows=rows)
-    return Answer(engine, baseline, candidates, scores)
+    candidates = make_candidates(["difference_of_means"], *(baseline.activations_at(train[kind]) for kind in Kind))
+    context = ScoringContext(engine, REFUSAL_TOKENS, candidates, baseline, indices, store)
+    return Answer(engine, baseline, candidates, score_all(context))
+
+
+def score_all(context: ScoringContext) -> Scores:
+    """Every score of every candidate, in one pass."""
+    requests = request_all(context)
+    return context.unmeasured().with_values(requests, measure(context, context.candidates, requests).tolist())
 
 
 def known(model: PreTrainedModel, family: Family, writes: tuple[str, ...] | None = None) -> reference.Model:
@@ -149,11 +152,10 @@ def solve_slowly(model: PreTrainedModel, family: Family, problem: Problem) -> re
 
 def differences(answer: Answer, expected: reference.Report, problem: Sets[Any]) -> dict[str, float]:
     """The largest difference in each quantity; that of the candidates is relative to the largest of them."""
-    places = problem.indices()
-    refusal = answer.baseline.refusal
+    indices, refusal = problem.indices(), answer.baseline.refusal
     pairs = {
-        "harmful baseline": (refusal[places["harmful_val"]], expected.baseline_harmful),
-        "harmless baseline": (refusal[places["harmless_val"]], expected.baseline_harmless),
+        "harmful baseline": (refusal[indices[Kind.HARMFUL, Split.VALIDATION]], expected.baseline_harmful),
+        "harmless baseline": (refusal[indices[Kind.HARMLESS, Split.VALIDATION]], expected.baseline_harmless),
         "ablation": (answer.scores.ablation, expected.ablation.flatten(0, 1)),
         "steering": (answer.scores.steering, expected.steering.flatten(0, 1)),
         "KL": (answer.scores.kl, expected.kl.flatten(0, 1)),

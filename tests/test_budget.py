@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from refusal_direction import cli
+from refusal_direction import cli, flags
+from refusal_direction.config import Config
 from refusal_direction.engine import Engine, Row, budget
 from refusal_direction.engine.interventions import ResidualStream
 from refusal_direction.errors import ConfigurationError
@@ -68,10 +69,10 @@ def test_too_little_is_an_error_that_says_how_much_is_needed() -> None:
 
 @pytest.mark.parametrize(("text", "expected"), [("512MiB", 512 << 20), ("1.5GB", 1_500_000_000), ("2GiB", 2 << 30)])
 def test_sizes_are_read_with_their_units(text: str, expected: int) -> None:
-    assert cli.config_from(cli.parser().parse_args(["--memory_budget", text])).memory_budget == expected
+    assert flags.parse(["--memory_budget", text], Config()).memory_budget == expected
 
 
 def test_a_size_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["--memory_budget", "much"])
-    assert "'much' is no size: give a number and a unit, as 512MiB or 4GB" in capsys.readouterr().err
+    assert "'much' is not a size: give a number and a unit, as 512MiB or 4GB" in capsys.readouterr().err

@@ -4,19 +4,29 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import Field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from refusal_direction import RunResult, ablated, cli, pipeline, steered
-from refusal_direction.config import CHECKPOINTS, TEXT, Config
+from refusal_direction import ChatModel, RunResult, ablated, cli, flags, pipeline, steered
+from refusal_direction.config import (
+    CHECKPOINTS,
+    TEXT,
+    VISION_CONFIG,
+    Config,
+    ModelSource,
+    PromptSource,
+    Thresholds,
+)
 from refusal_direction.engine.interventions import ResidualStream
 from refusal_direction.errors import UnsupportedModelError
 from refusal_direction.flags import parse
 from refusal_direction.output import text as report
 from refusal_direction.output.artifacts import file_names
-from refusal_direction.scoring import passes as sweeps
+from refusal_direction.prompts import gather
+from refusal_direction.scoring import passes
 from tests import forked
 
 ROOT = Path(__file__).parent.parent
@@ -36,14 +46,79 @@ def test_help_fits_two_screens_and_names_the_demo(capsys: pytest.CaptureFixture[
     assert "--model_id demo" in shown
 
 
-def test_the_defaults_are_those_of_the_configuration():
-    assert cli.config_from(cli.parser().parse_args([])) == Config()
+PARTS = {"model": ModelSource, "prompts": PromptSource, "thresholds": Thresholds, None: Config}
+"""The parts of a configuration, by their field in it."""
+OWN_VALUES = {
+    "search": "pruned",
+    "harmful": Path("bad.txt"),
+    "harmless": Path("good.txt"),
+    "refusal_tokens": ("I", "As"),
+    "memory_budget": 512 << 20,
+    "prune_layers": 0.35,
+}
+"""Values of fields that not every number or name is a value of."""
+SPELLED = {"refusal_tokens": ["I", "As"], "memory_budget": ["512MiB"]}
+NOT_FLAGS = {"rules", "methods", "model", "prompts", "thresholds"}
+
+
+def settings(defaults: Config) -> list[tuple[str | None, Field[Any]]]:
+    """Each setting of a pipeline, with the part of the configuration that it is in."""
+    found = [(part, field) for part, kind in PARTS.items() for field in fields(kind) if field.name not in NOT_FLAGS]
+    return [(part, field) for part, field in found if defaults.rules.images or not field.metadata.get("vision_only")]
+
+
+def changed(name: str, default: Any) -> Any:
+    """A value of a setting that is not its default."""
+    if name in OWN_VALUES:
+        return OWN_VALUES[name]
+    if isinstance(default, bool):
+        return not default
+    if isinstance(default, int | float):
+        return default + 3
+    return Path("elsewhere") if isinstance(default, Path) else {"batch_size": 3}.get(name, "another")
+
+
+def with_value(config: Config, part: str | None, name: str, value: Any) -> Config:
+    if part is None:
+        return replace(config, **{name: value})
+    return replace(config, **{part: replace(getattr(config, part), **{name: value})})
+
+
+both_pipelines = pytest.mark.parametrize("defaults", [Config(), VISION_CONFIG], ids=["text", "images"])
+
+
+@both_pipelines
+def test_every_flag_has_the_name_of_its_field_and_every_field_a_flag(defaults: Config):
+    given = vars(flags.parser(defaults).parse_args([]))
+    assert set(given) == {field.name for _, field in settings(defaults)}
+
+
+@both_pipelines
+def test_every_setting_makes_the_round_trip_through_its_flag(defaults: Config):
+    for part, field in settings(defaults):
+        default = getattr(defaults if part is None else getattr(defaults, part), field.name)
+        value = changed(field.name, default)
+        words = [] if isinstance(default, bool) else SPELLED.get(field.name, [str(value)])
+        expected = with_value(defaults, part, field.name, value)
+        assert expected != defaults
+        assert flags.parse([f"--{field.name}", *words], defaults) == expected
+
+
+@both_pipelines
+def test_the_defaults_are_those_of_the_configuration(defaults: Config, monkeypatch: pytest.MonkeyPatch):
+    for variable in ("VLM_N_TRAIN", "VLM_N_VAL"):
+        monkeypatch.delenv(variable, raising=False)
+    assert flags.parse([], defaults) == defaults
+
+
+def test_text_has_no_flag_for_a_condition_of_images_alone(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        flags.parse(["--top_k_candidates", "3"], Config())
+    assert "unrecognized arguments: --top_k_candidates" in capsys.readouterr().err
 
 
 def test_both_spellings_of_a_flag_mean_the_same():
-    spelled = [
-        cli.config_from(cli.parser().parse_args([flag, "8"])).batch_size for flag in ("--batch_size", "--batch-size")
-    ]
+    spelled = [flags.parse([flag, "8"], Config()).batch_size for flag in ("--batch_size", "--batch-size")]
     assert spelled == [8, 8]
 
 
@@ -71,7 +146,7 @@ def test_a_log_file_gets_a_line_now_and_then(
     monkeypatch.setattr(cli, "_A_MINUTE", 0.0)
     assert run(output=tmp_path) == 0
     lines = capsys.readouterr().err.split("\n")
-    assert all(line.startswith(("Sweep 1: baseline:", "Sweep 2: interventions:")) for line in lines if line)
+    assert all(line.startswith(("Pass 1: baseline:", "Pass 2: interventions:")) for line in lines if line)
     assert len({line.partition(":")[0] for line in lines if line}) == 2
     assert not any("\r" in line for line in lines)
 
@@ -136,7 +211,7 @@ def test_calibration_is_recorded(tmp_path: Path):
         (["--prune_layers", "1.5"], "--prune_layers 1.5: must be"),
         (["--prune_layers", "0.99"], "--prune_layers 0.99 leaves none of 8 layers to choose from"),
         (["--n_train", "100000"], "were asked for"),
-        (["--harmful", "none.txt", "--harmless", "none.txt"], "none.txt: there is no such file"),
+        (["--harmful", "none.txt", "--harmless", "none.txt"], "none.txt: no such file"),
         (["--refusal_tokens", "zyxwvut"], "is not one token of demo"),
         (["--refusal_tokens", ""], "an empty text is not a token"),
         (["--chat_template", "{{ bos_token }}<start_of_turn>model"], "leaves out the request"),
@@ -167,13 +242,13 @@ def test_an_error_is_one_message_without_traceback_and_exit_code_2(
 def test_what_is_kept_is_said_again_after_another_try(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for more in ((), ("--resume",), ("--resume",)):
         assert run("--kl_threshold", "-1", *more, output=tmp_path) == 2
-        assert "What was measured is kept: --resume goes on" in capsys.readouterr().err
+        assert "The scores measured so far are kept: --resume continues" in capsys.readouterr().err
 
 
 def test_an_output_folder_that_cannot_be_written_is_found_before_the_work(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(pipeline, "extract", lambda *args, **kwargs: pytest.fail("the work had begun"))
+    monkeypatch.setattr(pipeline, "prepared", lambda *args, **kwargs: pytest.fail("the work had begun"))
     (tmp_path / "file").write_text("")
     for folder in ("file/out", "x" * 300):
         assert run(output=tmp_path / folder) == 2
@@ -218,7 +293,7 @@ def test_a_run_that_ends_in_an_error_leaves_no_empty_folder(tmp_path: Path):
 def test_what_is_no_size_is_named_with_the_units(capsys: pytest.CaptureFixture[str], tmp_path: Path, size: str):
     with pytest.raises(SystemExit):
         run("--memory_budget", size, output=tmp_path)
-    assert f"{size!r} is no size: give a number and a unit" in capsys.readouterr().err
+    assert f"{size!r} is not a size: give a number and a unit" in capsys.readouterr().err
 
 
 def test_an_interrupted_run_leaves_no_results_behind(
@@ -228,14 +303,14 @@ def test_an_interrupted_run_leaves_no_results_behind(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "prepare", interrupted)
+        patch.setattr(pipeline, "prepared", interrupted)
         assert run(output=tmp_path) == 130
     assert "--resume" not in capsys.readouterr().err  # there is nothing yet
-    monkeypatch.setattr(sweeps, "score_candidates", interrupted)
+    monkeypatch.setattr(passes, "measure", interrupted)
     assert run(output=tmp_path) == 130
     said = capsys.readouterr().err
     assert "Interrupted" in said
-    assert "--resume goes on from there" in said
+    assert "--resume continues from there" in said
     assert [path.name for path in tmp_path.iterdir()] == [CHECKPOINTS]
 
 
@@ -254,7 +329,7 @@ def test_a_bug_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def buggy(*args: object, **kwargs: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(pipeline, "extract", buggy)
+    monkeypatch.setattr(pipeline, "run", buggy)
     with pytest.raises(ZeroDivisionError):
         run(output=tmp_path)
 
@@ -275,7 +350,7 @@ def test_a_table_that_cannot_be_written_is_an_error_and_results_stay(tmp_path: P
     with Path("/dev/full").open("wb") as full:
         done = forked.run([SCRIPT, *FEW, "--output_dir", str(tmp_path)], stdout=full)
     assert done.returncode == 2
-    assert "Error: What is to be printed could not be written" in done.stderr
+    assert "Error: The output could not be printed" in done.stderr
     assert "Traceback" not in done.stderr
     assert {path.name for path in tmp_path.iterdir()} == set(file_names(TEXT))
 
@@ -319,13 +394,16 @@ def test_closed_messages_are_no_error(tmp_path: Path):
 
 
 @pytest.mark.parametrize("batch_size", [None, 1, 4])
-def test_shown_completions_are_those_of_each_prompt_alone(batch_size: int | None, extraction: RunResult):
-    chat, direction = extraction.chat, extraction.direction
+def test_shown_completions_are_those_of_each_prompt_alone(
+    batch_size: int | None, extraction: RunResult, chat: ChatModel
+):
+    direction, prompts = extraction.direction, gather(extraction.config)
     rows: list[int] = []
     handle = chat.model.model.layers[0].register_forward_pre_hook(
         lambda module, args, kwargs: rows.append(len(args[0] if args else kwargs["hidden_states"])), with_kwargs=True
     )
-    shown = report.completions(replace(extraction, config=replace(extraction.config, batch_size=batch_size)))
+    limited = replace(extraction, config=replace(extraction.config, batch_size=batch_size))
+    shown = report.completions(limited, chat, prompts)
     handle.remove()
     assert max(rows) == batch_size or (batch_size is None and max(rows) <= 6)
     triples = [part.splitlines() for part in shown.strip().split("\n\n")]

@@ -14,7 +14,17 @@ import pytest
 from refusal_direction.config import Config, PromptSource
 from refusal_direction.errors import ConfigurationError, DownloadError, PromptError, PromptFileError, TooFewPromptsError
 from refusal_direction.prompts import gather, published, read_prompts
-from refusal_direction.prompts.sets import Prompt, PromptSets, sample_pools, sample_splits
+from refusal_direction.prompts.sampling import SampleSizes, sample_pools, sample_splits
+from refusal_direction.prompts.sets import (
+    SETS,
+    SETS_FOR_SELECTION,
+    Kind,
+    Prompt,
+    PromptSet,
+    PromptSets,
+    Split,
+    set_name,
+)
 
 CONTENTS = {
     ".json": '[{"instruction": "Bake bread", "category": null}, {"instruction": "Paint a wall"}]',
@@ -24,8 +34,16 @@ CONTENTS = {
 }
 
 
+HARMFUL_TRAIN = (Kind.HARMFUL, Split.TRAIN)
+
+
 def pool(name: str, count: int) -> list[Prompt]:
     return [Prompt(f"{name}/{index}", f"{name} {index}") for index in range(count)]
+
+
+def pools(count: int, of: tuple[PromptSet, ...] = SETS) -> dict[PromptSet, list[Prompt]]:
+    """A pool for each set, each of another size."""
+    return {which: pool(set_name(which), count + index) for index, which in enumerate(of)}
 
 
 @pytest.mark.parametrize("suffix", CONTENTS)
@@ -113,27 +131,59 @@ def test_a_missing_file_and_one_that_is_not_text_are_said_to_be_so(tmp_path: Pat
         read_prompts(tmp_path / "image.txt")
 
 
+def test_sets_are_named_by_kind_and_split_in_the_order_of_the_draws():
+    """The names stand in files, and the order decides what a seed draws."""
+    assert [kind.value for kind in Kind] == ["harmful", "harmless"]
+    assert [split.value for split in Split] == ["train", "val", "test"]
+    names = ["harmful_train", "harmless_train", "harmful_val", "harmless_val", "harmful_test", "harmless_test"]
+    assert [set_name(which) for which in SETS] == names
+    assert [set_name(which) for which in SETS_FOR_SELECTION] == names[:4]
+    assert list(published.SHA256) == list(SETS)
+
+
 def test_the_draws_are_those_of_the_published_runs():
-    names = ("harmful_train", "harmless_train", "harmful_val", "harmless_val")
-    splits = {name: pool(name, 50 + index) for index, name in enumerate(names)}
-    rng = Random(42)
-    expected = {name: rng.sample(splits[name], 20 if "train" in name else 7) for name in names}
-    drawn = sample_splits(splits, n_train=20, n_val=7, seed=42)
-    for name in names:
-        assert list(getattr(drawn, name)) == expected[name]
+    splits, rng = pools(50), Random(42)
+    expected = {
+        which: rng.sample(splits[which], {Split.TRAIN: 20, Split.VALIDATION: 7, Split.TEST: 9}[which[1]])
+        for which in SETS
+    }
+    drawn = sample_splits(splits, SampleSizes(n_train=20, n_val=7, n_test=9, seed=42))
+    for which in SETS:
+        assert list(drawn[which]) == expected[which]
+
+
+@pytest.mark.parametrize("n_test", [0, 9, 1000])
+def test_the_test_split_does_not_move_the_draws_from_files(n_test: int):
+    sizes = SampleSizes(n_train=20, n_val=7, n_test=n_test, seed=42)
+    drawn = sample_splits(pools(50), sizes)
+    alone = sample_splits(pools(50, of=SETS_FOR_SELECTION), sizes)
+    assert drawn.for_selection == alone.for_selection
+    assert [len(drawn[kind, Split.TEST]) for kind in Kind] == [min(n_test, 54), min(n_test, 55)]
+    assert not alone.harmful_test + alone.harmless_test
+
+
+@pytest.mark.parametrize(("n_test", "left"), [(0, (0, 0)), (2, (2, 2)), (1000, (3, 5))])
+def test_the_test_split_is_what_is_left_of_one_pool_and_moves_no_draw(n_test: int, left: tuple[int, int]):
+    harmful, harmless, rng = pool("harmful", 15), pool("harmless", 17), Random(3)
+    expected = [rng.sample(one, 12) for one in (harmful, harmless)]
+    drawn = sample_pools(harmful, harmless, SampleSizes(n_train=8, n_val=4, n_test=n_test, seed=3))
+    for kind, both in zip(Kind, expected, strict=True):
+        assert [*drawn[kind, Split.TRAIN], *drawn[kind, Split.VALIDATION]] == both
+        assert not set(drawn[kind, Split.TEST]) & set(both)
+    assert tuple(len(set(drawn[kind, Split.TEST])) for kind in Kind) == left
 
 
 def test_train_and_validation_from_one_pool_do_not_overlap():
-    sets = sample_pools(pool("harmful", 12), pool("harmless", 15), n_train=8, n_val=4, seed=0)
-    for kind in ("harmful", "harmless"):
-        train, val = (set(getattr(sets, f"{kind}_{part}")) for part in ("train", "val"))
+    sets = sample_pools(pool("harmful", 12), pool("harmless", 15), SampleSizes(n_train=8, n_val=4, seed=0))
+    for kind in Kind:
+        train, val = (set(sets[kind, split]) for split in (Split.TRAIN, Split.VALIDATION))
         assert (len(train), len(val), train & val) == (8, 4, set())
 
 
 def test_a_text_that_is_repeated_counts_once():
     repeated = [Prompt(str(index), "same") for index in range(20)]
     with pytest.raises(TooFewPromptsError, match="counted without repetitions, has 1 prompts, but 12 were asked for"):
-        sample_pools(repeated, pool("harmless", 20), n_train=8, n_val=4, seed=0)
+        sample_pools(repeated, pool("harmless", 20), SampleSizes(n_train=8, n_val=4, seed=0))
 
 
 def test_places_of_prompts_may_be_strings():
@@ -142,14 +192,14 @@ def test_places_of_prompts_may_be_strings():
 
 
 def test_a_prompt_of_both_kinds_is_an_error():
-    with pytest.raises(PromptError, match="2 of the prompts are both harmful and harmless, a/0 among them"):
-        sample_pools(pool("a", 9), [*pool("b", 9), *pool("a", 2)], n_train=4, n_val=2, seed=0)
+    with pytest.raises(PromptError, match="2 of the prompts are both harmful and harmless, for example a/0"):
+        sample_pools(pool("a", 9), [*pool("b", 9), *pool("a", 2)], SampleSizes(n_train=4, n_val=2, seed=0))
 
 
 def test_sets_are_made_of_strings_too():
     ours = Prompt("mine", "Bake bread")
     sets = PromptSets(["Pick a lock", "Forge a key"], [ours], ("Hide",), ["Paint"])
-    assert sets.everything == (
+    assert sets.for_selection == (
         Prompt("harmful_train/0", "Pick a lock"),
         Prompt("harmful_train/1", "Forge a key"),
         ours,
@@ -167,16 +217,24 @@ def test_what_is_no_prompts_is_an_error(given: object):
 
 
 def test_too_few_prompts_name_the_set_and_the_flag():
-    splits = {name: pool(name, 5) for name in ("harmful_train", "harmless_train", "harmful_val", "harmless_val")}
+    splits = {which: pool(set_name(which), 5) for which in SETS_FOR_SELECTION}
     with pytest.raises(TooFewPromptsError, match="harmful_val has 5 prompts, but 6 were asked for.*--n_val"):
-        sample_splits(splits, n_train=5, n_val=6, seed=0)
+        sample_splits(splits, SampleSizes(n_train=5, n_val=6, seed=0))
 
 
-def test_indices_cover_everything_in_order():
-    sets = sample_pools(pool("harmful", 9), pool("harmless", 9), n_train=6, n_val=3, seed=0)
-    for name, places in sets.indices().items():
-        assert tuple(sets.everything[place] for place in places) == getattr(sets, name)
-    assert sorted(place for places in sets.indices().values() for place in places) == list(range(18))
+def test_indices_cover_train_and_validation_prompts_in_order():
+    sets = sample_pools(pool("harmful", 12), pool("harmless", 12), SampleSizes(n_train=6, n_val=3, n_test=3, seed=0))
+    assert tuple(sets.indices()) == SETS_FOR_SELECTION
+    for which, indices in sets.indices().items():
+        assert tuple(sets.for_selection[index] for index in indices) == sets[which]
+    assert [index for indices in sets.indices().values() for index in indices] == list(range(18))
+
+
+def test_the_digest_is_of_the_texts_of_a_set():
+    sets = PromptSets(["Pick a lock", "Hide"], ["Paint"], ["Forge"], ["Bake"])
+    expected = hashlib.sha256(b"Pick a lock\0Hide").hexdigest()
+    assert sets.digest(HARMFUL_TRAIN) == expected
+    assert sets.digest((Kind.HARMLESS, Split.TRAIN)) != expected
 
 
 def test_one_own_file_alone_is_refused(tmp_path: Path):
@@ -191,7 +249,9 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     folder.mkdir()
     content = json.dumps([{"instruction": f"Request {index}", "category": None} for index in range(3)]).encode()
     (folder / "harmful_train.json").write_bytes(content)
-    monkeypatch.setattr(published, "SHA256", {"harmful_train": hashlib.sha256(content).hexdigest()})
+    monkeypatch.setattr(published, "SHA256", {HARMFUL_TRAIN: hashlib.sha256(content).hexdigest()})
+    monkeypatch.setattr(published, "SETS", (HARMFUL_TRAIN,))
+    monkeypatch.setattr(published, "SETS_FOR_SELECTION", (HARMFUL_TRAIN,))
     monkeypatch.setattr(published, "_PAUSE", 0.0)
 
     class Quiet(SimpleHTTPRequestHandler):
@@ -211,7 +271,7 @@ def test_a_split_is_downloaded_once_and_used_offline_after(server: Path, tmp_pat
     first = published.published_splits(data)
     (server / "harmful_train.json").unlink()
     assert published.published_splits(data) == first
-    assert [prompt.text for prompt in first["harmful_train"]] == ["Request 0", "Request 1", "Request 2"]
+    assert [prompt.text for prompt in first[HARMFUL_TRAIN]] == ["Request 0", "Request 1", "Request 2"]
     assert [path.name for path in data.iterdir()] == ["harmful_train.json"]
 
 
@@ -237,6 +297,19 @@ def test_a_download_that_fails_is_tried_again_then_explained(
     with pytest.raises(DownloadError, match=r"could not be downloaded.*404.*--model_id demo"):
         published.published_splits(tmp_path / "data")
     assert len(caplog.records) == published._TRIES - 1
+
+
+def test_a_run_goes_on_without_the_test_split_where_it_cannot_be_fetched(
+    server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    test = (Kind.HARMFUL, Split.TEST)
+    monkeypatch.setattr(published, "SETS", (HARMFUL_TRAIN, test))
+    monkeypatch.setitem(published.SHA256, test, "0" * 64)
+    assert set(published.published_splits(tmp_path / "data")) == {HARMFUL_TRAIN}
+    assert "The run goes on without test prompts (--n_test 0 asks for none)" in caplog.text
+    caplog.clear()
+    assert set(published.published_splits(tmp_path / "data", test=False)) == {HARMFUL_TRAIN}
+    assert not caplog.records
 
 
 def test_a_data_folder_that_cannot_be_made_is_an_error(server: Path, tmp_path: Path):

@@ -21,6 +21,7 @@ from refusal_direction.models import refusal_tokens
 from refusal_direction.models.loading import load_vision_model
 from refusal_direction.output.artifacts import file_names
 from refusal_direction.prompts import pairs as vision
+from refusal_direction.prompts.sampling import SampleSizes, sample_pairs
 from tests import forked
 from tests.families import D_MODEL, N_LAYERS
 from tests.processors import save_paligemma2
@@ -220,7 +221,8 @@ def test_sample_sizes_of_the_environment_reach_the_run(
     monkeypatch.setenv("VLM_N_VAL", "2")
     assert run(sizes=()) == 0
     drawn = {name: part["drawn"] for name, part in read(tmp_path, "run.json")["prompts"].items()}
-    assert drawn == {"harmful_train": 5, "harmless_train": 5, "harmful_val": 2, "harmless_val": 2}
+    left = {"harmful_test": 1, "harmless_test": 1}
+    assert drawn == {"harmful_train": 5, "harmless_train": 5, "harmful_val": 2, "harmless_val": 2, **left}
 
 
 @pytest.mark.parametrize("overruled", ["1000", "many", ""])
@@ -257,7 +259,7 @@ def test_a_sample_size_that_is_no_positive_number_is_an_error(
 
 
 def test_the_defaults_are_those_of_the_configuration() -> None:
-    assert cli.config_from(cli.parser(VISION_CONFIG).parse_args([]), VISION) == VISION_CONFIG
+    assert parse([], VISION_CONFIG) == VISION_CONFIG
     assert (VISION_CONFIG.prompts.n_train, VISION_CONFIG.prompts.n_val, VISION_CONFIG.batch_size) == (128, 32, 8)
     assert VISION_CONFIG.output_dir == Path("artifacts/vlm")
 
@@ -315,10 +317,10 @@ def test_images_that_cannot_be_shown_are_skipped_with_a_count(
     Image.new("CMYK", (9, 9)).save(folder / "7.png", "JPEG")
     assert run("--harmful", str(folder)) == 0
     said = capsys.readouterr().err
-    assert f"2 of the images of mixed cannot be shown and are left out ({folder / '2.png'}: " in said
+    assert f"2 of the images of mixed cannot be read and are left out ({folder / '2.png'}: " in said
     ids = [name for part in read(tmp_path, "run.json")["prompts"].values() for name in part["ids"]]
     assert not {"mixed/2", "mixed/5"} & set(ids)
-    assert any("cannot be shown" in text for text in read(tmp_path, "direction_metadata_vlm.json")["warnings"])
+    assert any("cannot be read" in text for text in read(tmp_path, "direction_metadata_vlm.json")["warnings"])
 
 
 def test_the_batch_size_does_not_change_the_scores(run: Run, tmp_path: Path) -> None:
@@ -351,7 +353,7 @@ def test_a_loaded_model_and_pairs_can_be_given_from_python(run: Run, made: Path,
         yield tick
 
     pools = [vision.read_folder(made / kind) for kind in ("bad", "good")]
-    pairs = vision.shuffled(*pools, n_train=5, n_val=3, seed=42)
+    pairs = sample_pairs(*pools, SampleSizes(n_train=5, n_val=3, seed=42))
     found = extract(load_vision_model(str(made / "model")), prompts=pairs, progress=progress)
     assert found.config.rules == VISION
     assert all(total == done for total, done in announced.values())

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from refusal_direction import engine as engine_module
 from refusal_direction.engine import Intervention, Row
 from refusal_direction.engine.interventions import ablated
+from refusal_direction.engine.layer_major import LayerMajor
 from refusal_direction.errors import UnsupportedModelError
 from tests.candidates import at_layers
 from tests.families import D_MODEL, N_LAYERS, layers_of
@@ -124,7 +124,7 @@ def refuse(*arguments: object, **settings: object) -> None:
 
 @pytest.mark.parametrize("name", ["paligemma2", "qwen3_vl"])
 def test_plain_hooked_forwards_agree_with_the_slow_reference(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module.LayerMajor, "__init__", refuse)
+    monkeypatch.setattr(LayerMajor, "__init__", refuse)
     model, problem, expected = reference_case(name)
     answer = solve(engine_of(model, problem, 4), problem)
     assert answer.engine.name == "hooked"
@@ -263,7 +263,7 @@ def test_images_that_see_each_other_in_the_tower_are_embedded_one_by_one(
         return output
 
     if fallback:
-        monkeypatch.setattr(engine_module.LayerMajor, "__init__", refuse)
+        monkeypatch.setattr(LayerMajor, "__init__", refuse)
     handle = model.get_submodule(VISION_FAMILIES["paligemma2"].tower).register_forward_hook(mixed)
     try:
         answer = solve(engine_of(model, problem, 4), problem)

@@ -29,7 +29,7 @@ from refusal_direction.models.loading import load_vision_model
 from refusal_direction.models.vision import VisionChatModel
 from refusal_direction.prompts import Prompt
 from refusal_direction.prompts.images import UnusableImageError, usable
-from refusal_direction.scoring.scores import measure_baseline
+from refusal_direction.scoring.baseline import measure_baseline
 from tests.families import D_MODEL, N_LAYERS, layers_of
 from tests.families.tables import VISION_FAMILIES
 from tests.families.vision import SIDE
@@ -151,7 +151,7 @@ def test_the_first_token_of_a_completion_is_the_one_that_the_engine_scores(
     engine = Engine(ResidualStream(chat.model), [chat.inputs(one) for one in prompts], batch_size=2)
     tokens = refusal_tokens.resolve(chat, (), VISION)
     baseline = measure_baseline(
-        engine, tokens, n_positions=chat.n_positions, activations_of=[0, 1, 2], logits_of=[0, 1, 2]
+        engine, tokens.ids, n_positions=chat.n_positions, activations_of=[0, 1, 2], logits_of=[0, 1, 2]
     )
     assert engine.name == "layer-major"
     for index, one in enumerate(prompts):

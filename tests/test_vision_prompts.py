@@ -6,6 +6,7 @@ import logging
 import struct
 import zlib
 from pathlib import Path
+from random import Random
 
 import datasets
 import numpy as np
@@ -13,9 +14,10 @@ import pytest
 from PIL import Image
 
 from refusal_direction.errors import DownloadError, PromptFileError, TooFewPromptsError
-from refusal_direction.prompts import Prompt
+from refusal_direction.prompts import Kind, Prompt, Split
 from refusal_direction.prompts import pairs as vision
 from refusal_direction.prompts.images import UnusableImageError, usable
+from refusal_direction.prompts.sampling import SampleSizes, sample_pairs
 
 
 @pytest.fixture(autouse=True)
@@ -112,7 +114,7 @@ def test_images_that_cannot_be_shown_are_left_out_with_a_count(tmp_path: Path, c
     pairs = vision.harmful_pairs(benchmark(tmp_path / "mm", dict.fromkeys(vision.CATEGORIES[:2], bad)))
     assert [pair.id for pair in pairs[:2]] == ["Illegal_Activitiy/0", "Illegal_Activitiy/3"]
     assert any(
-        "2 of the images of Illegal_Activitiy cannot be shown" in record.getMessage() for record in caplog.records
+        "2 of the images of Illegal_Activitiy cannot be read" in record.getMessage() for record in caplog.records
     )
 
 
@@ -121,7 +123,7 @@ def test_rows_without_an_image_are_left_out_with_a_count(tmp_path: Path, caplog:
     (tmp_path / "coco/train.jsonl").write_text('{"image_id": 1}\n{"image_id": 2}\n')
     assert vision.harmless_pairs(str(tmp_path / "coco")) == []
     assert [record.getMessage() for record in caplog.records] == [
-        "2 of the images of coco cannot be shown and are left out (0: there is none)."
+        "2 of the images of coco cannot be read and are left out (0: missing)."
     ]
 
 
@@ -172,7 +174,7 @@ def damaged(length: int) -> bytes:
 def test_a_file_that_pillow_stumbles_over_is_left_out_with_a_count(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     pairs = vision.harmful_pairs(benchmark(tmp_path / "mm", {vision.CATEGORIES[0]: [damaged(13), damaged(5)]}))
     assert [pair.id for pair in pairs] == ["Illegal_Activitiy/0"]  # control: it would be an image
-    assert "1 of the images of Illegal_Activitiy cannot be shown" in caplog.text
+    assert "1 of the images of Illegal_Activitiy cannot be read" in caplog.text
 
 
 def test_an_image_is_turned_upright():
@@ -255,22 +257,35 @@ def test_a_folder_without_metadata_is_explained(tmp_path: Path):
         vision.read_folder(tmp_path)
 
 
-def test_pools_are_shuffled_with_one_generator_and_split_from_the_head():
-    from random import Random
+def two_pools(count: int = 10) -> tuple[list[Prompt], list[Prompt]]:
+    bad, good = ([Prompt(f"{kind}/{i}", str(i)) for i in range(count)] for kind in ("bad", "good"))
+    return bad, good
 
-    harmful, harmless = ([Prompt(f"{kind}/{i}", str(i)) for i in range(10)] for kind in ("bad", "good"))
-    sets = vision.shuffled(harmful, harmless, n_train=4, n_val=2, seed=42)
+
+@pytest.mark.parametrize("n_test", [0, 3, 100])
+def test_pools_are_shuffled_with_one_generator_and_split_from_the_head(n_test: int):
+    """The test split comes after the others, so that its size moves none of them."""
+    sets = sample_pairs(*two_pools(), SampleSizes(n_train=4, n_val=2, n_test=n_test, seed=42))
     rng = Random(42)
-    expected = [list(harmful), list(harmless)]
-    for pool in expected:
+    expected = two_pools()
+    for kind, pool in zip(Kind, expected, strict=True):
         rng.shuffle(pool)
-    assert [*sets.harmful_train, *sets.harmful_val] == expected[0][:6]
-    assert [*sets.harmless_train, *sets.harmless_val] == expected[1][:6]
+        assert [*sets[kind, Split.TRAIN], *sets[kind, Split.VALIDATION]] == pool[:6]
+        assert [*sets[kind, Split.TEST]] == pool[6 : 6 + n_test]
+
+
+def test_a_test_pool_of_its_own_moves_no_draw():
+    held_out = {kind: [Prompt(f"{kind.value}_test/{i}", str(i)) for i in range(5)] for kind in Kind}
+    sizes = SampleSizes(n_train=4, n_val=2, n_test=3, seed=42)
+    sets = sample_pairs(*two_pools(), sizes, test=held_out)
+    assert sets.for_selection == sample_pairs(*two_pools(), sizes).for_selection
+    for kind in Kind:
+        assert len(set(sets[kind, Split.TEST]) & set(held_out[kind])) == 3
 
 
 def test_too_few_pairs_are_an_error():
     with pytest.raises(TooFewPromptsError, match=r"There are 1 harmful pairs, but 4 \+ 2 were asked for"):
-        vision.shuffled([Prompt("a", "b")], [], n_train=4, n_val=2, seed=42)
+        sample_pairs([Prompt("a", "b")], [], SampleSizes(n_train=4, n_val=2, seed=42))
 
 
 def test_warnings_are_of_the_package(caplog: pytest.LogCaptureFixture):

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from refusal_direction.engine import Engine, Intervention, Row
 from refusal_direction.engine.interventions import ResidualStream, ablated
 from refusal_direction.errors import UnsupportedModelError
+from refusal_direction.prompts.sets import Kind, Split
 from tests.candidates import at_layers
 from tests.families.building import Family, build, layers_of
 from tests.families.sizes import is_installed
@@ -98,7 +99,7 @@ def _compared(
     answer: Answer, known: reference.Model, norms: tuple[str, ...], problem: Sets[Any]
 ) -> tuple[float, float]:
     """The largest difference from the oracle, on one candidate of each layer; and the least movement of its scores."""
-    n_layers, places = len(known.layers), problem.indices()
+    n_layers, indices = len(known.layers), problem.indices()
     among = [(layer % N_POSITIONS, layer) for layer in range(1, n_layers)]
     expected = one_by_one.report(
         known,
@@ -120,8 +121,8 @@ def _compared(
     size, refusal = expected.candidates.abs().max(), answer.baseline.refusal
     pairs = [
         (answer.candidates / size, expected.candidates / size),
-        (refusal[places["harmful_val"]], expected.baseline_harmful),
-        (refusal[places["harmless_val"]], expected.baseline_harmless),
+        (refusal[indices[Kind.HARMFUL, Split.VALIDATION]], expected.baseline_harmful),
+        (refusal[indices[Kind.HARMLESS, Split.VALIDATION]], expected.baseline_harmless),
         *((ours, theirs) for ours, theirs, _ in scored),
     ]
     moved = min(float((theirs - baseline).abs().amax(-1).min()) for _, theirs, baseline in scored)
