@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
@@ -16,7 +15,7 @@ from hypothesis import settings
 
 from refusal_direction import ChatModel, RunResult, demo, extract, load_chat_model
 from refusal_direction.config import Config, ModelSource, PromptSource
-from refusal_direction.prompts import gather, read_prompts
+from refusal_direction.prompts import PromptSets, gather, read_prompts
 
 settings.register_profile("seeded", derandomize=True, deadline=None, max_examples=50)
 settings.load_profile("seeded")
@@ -55,11 +54,20 @@ def chat() -> ChatModel:
     return load_chat_model("demo")
 
 
+SMALL = Config(model=ModelSource("demo"), prompts=PromptSource(n_train=24, n_val=12))
+"""A small but whole run on the demo model."""
+
+
 @pytest.fixture(scope="session")
-def extraction(chat: ChatModel) -> RunResult:
-    """A small but whole run on the demo model."""
-    config = Config(model=ModelSource("demo"), prompts=PromptSource(n_train=24, n_val=12))
-    return replace(extract(chat, prompts=gather(config)), config=config)
+def prompts() -> PromptSets:
+    """The prompts of the small run."""
+    return gather(SMALL)
+
+
+@pytest.fixture(scope="session")
+def extraction(chat: ChatModel, prompts: PromptSets) -> RunResult:
+    """The small run on the demo model."""
+    return extract(chat, SMALL, prompts=prompts)
 
 
 @pytest.fixture(scope="session")
