@@ -21,7 +21,6 @@ from typing import Any
 import torch
 import vision
 from apart import apart
-from refusal_direction.selection.rules import CandidateScore
 from scoring import Naive
 from torch import Tensor
 from transformers import PreTrainedModel

@@ -6,7 +6,6 @@ torch is imported by the fixtures: the process that only hands the tests to the 
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,8 +19,10 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"
 import pytest
 from hypothesis import settings
 
+from refusal_direction.config import Config, ModelSource, PromptSource
+
 if TYPE_CHECKING:
-    from refusal_direction import ChatModel, RunResult
+    from refusal_direction import ChatModel, PromptSets, RunResult
 
 settings.register_profile("seeded", derandomize=True, deadline=None, max_examples=50)
 settings.load_profile("seeded")
@@ -72,15 +73,24 @@ def chat() -> ChatModel:
     return load_chat_model("demo")
 
 
+SMALL = Config(model=ModelSource("demo"), prompts=PromptSource(n_train=24, n_val=12))
+"""A small but whole run on the demo model."""
+
+
 @pytest.fixture(scope="session")
-def extraction(chat: ChatModel) -> RunResult:
-    """A small but whole run on the demo model."""
-    from refusal_direction import extract
-    from refusal_direction.config import Config, ModelSource, PromptSource
+def prompts() -> PromptSets:
+    """The prompts of the small run."""
     from refusal_direction.prompts import gather
 
-    config = Config(model=ModelSource("demo"), prompts=PromptSource(n_train=24, n_val=12))
-    return replace(extract(chat, prompts=gather(config)), config=config)
+    return gather(SMALL)
+
+
+@pytest.fixture(scope="session")
+def extraction(chat: ChatModel, prompts: PromptSets) -> RunResult:
+    """The small run on the demo model."""
+    from refusal_direction import extract
+
+    return extract(chat, SMALL, prompts=prompts)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Results on disk: what they hold, and that they are never half-written or mixed."""
 
+import contextlib
 import json
 import math
 import os
@@ -13,18 +14,19 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from refusal_direction import load_direction
+from refusal_direction import load_direction, load_run
 from refusal_direction.config import TEXT, VISION
 from refusal_direction.errors import OutputError
 from refusal_direction.output import artifacts
 from refusal_direction.output.artifacts import file_names
-from refusal_direction.pipeline import RunResult
-from refusal_direction.prompts import Prompt
+from refusal_direction.prompts import Kind, Prompt, PromptSets, Split
+from refusal_direction.prompts.sets import SETS, set_name
+from refusal_direction.results import RunResult
 
 
 def marked(extraction: RunResult, mark: str) -> RunResult:
     """The same results, recognisable in every JSON file's stead by the model's id."""
-    return replace(extraction, chat=replace(extraction.chat, model_id=mark))
+    return replace(extraction, model=replace(extraction.model, model_id=mark))
 
 
 def marks(folder: Path) -> set[str]:
@@ -40,7 +42,7 @@ def marks(folder: Path) -> set[str]:
 def test_the_files_have_the_names_shapes_and_keys_of_the_specification(extraction: RunResult, tmp_path: Path):
     artifacts.write(extraction, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == set(file_names(TEXT))
-    n_positions, n_layers, d_model = extraction.candidates.shape
+    n_positions, n_layers, d_model = extraction.candidates.laid_out().shape
     direction = torch.load(tmp_path / "refusal_direction.pt", weights_only=True)
     candidates = torch.load(tmp_path / "candidate_directions.pt", weights_only=True)
     metadata = json.loads((tmp_path / "direction_metadata.json").read_text())
@@ -52,17 +54,18 @@ def test_the_files_have_the_names_shapes_and_keys_of_the_specification(extractio
         (position, layer) for position in range(-n_positions, 0) for layer in range(n_layers)
     ]
     assert set(scores[0]) == {
-        "position", "layer", "ablation_refusal", "steering_refusal", "kl_div", "measured", "dropped"
+        "position", "layer", "ablation_refusal", "steering_refusal", "kl_div", "method", "measured", "dropped",
+        "rejection",
     }  # fmt: skip
 
 
 def test_the_direction_is_a_copy_and_not_a_view_of_all_candidates(extraction: RunResult, tmp_path: Path):
     artifacts.write(extraction, tmp_path)
     size = (tmp_path / "refusal_direction.pt").stat().st_size
-    assert size < 4 * extraction.candidates.shape[-1] + 2048
+    assert size < 4 * extraction.model.d_model + 2048
 
 
-def test_run_json_identifies_the_run(extraction: RunResult, tmp_path: Path):
+def test_run_json_identifies_the_run(extraction: RunResult, prompts: PromptSets, tmp_path: Path):
     artifacts.write(extraction, tmp_path)
     run = json.loads((tmp_path / "run.json").read_text())
     assert torch.__version__.startswith(run["versions"]["torch"])
@@ -71,10 +74,13 @@ def test_run_json_identifies_the_run(extraction: RunResult, tmp_path: Path):
     assert run["refusal_tokens"]["texts"] == ["I"]
     assert run["engine"]["name"] == "layer-major"
     assert run["peak_memory_bytes"] > 0
-    for name, members in extraction.prompts.indices().items():
-        said = run["prompts"][name]
-        assert (said["drawn"], said["kept"]) == (len(members), len(extraction.kept[name]))
-        assert len(said["sha256"]) == 64
+    assert set(run["prompts"]) == set(map(set_name, SETS))
+    for which, record in extraction.prompts.items():
+        stored = run["prompts"][set_name(which)]
+        assert (stored["drawn"], stored["kept"]) == (len(record.ids), len(record.kept))
+        assert stored["sha256"] == prompts.digest(which)
+        assert stored["ids"] == [prompt.id for prompt in prompts[which]]
+        assert stored["kept_ids"] == [prompts[which][index].id for index in record.kept]
 
 
 def test_per_prompt_scores_average_to_the_scores(extraction: RunResult, tmp_path: Path):
@@ -84,20 +90,35 @@ def test_per_prompt_scores_average_to_the_scores(extraction: RunResult, tmp_path
         for name in ("ablation_refusal", "steering_refusal", "kl_div"):
             means = file.get_tensor(name).mean(1)
             assert torch.allclose(means, torch.tensor([row[name] for row in scores], dtype=means.dtype))
-        assert len(json.loads(file.metadata()["harmful_ids"])) == file.get_tensor("ablation_refusal").shape[1]
+        for kind, name in ((Kind.HARMFUL, "ablation_refusal"), (Kind.HARMLESS, "kl_div")):
+            ids = json.loads(file.metadata()[f"{kind.value}_ids"])
+            assert tuple(ids) == extraction.prompts[kind, Split.VALIDATION].kept_ids
+            assert len(ids) == file.get_tensor(name).shape[1]
+
+
+def test_baseline_scores_are_those_of_the_prompts_drawn_set_after_set(extraction: RunResult, tmp_path: Path):
+    artifacts.write(extraction, tmp_path)
+    drawn = [extraction.prompts[kind, split] for split in (Split.TRAIN, Split.VALIDATION) for kind in Kind]
+    with safe_open(tmp_path / "per_prompt_scores.safetensors", "pt") as file:
+        refusal, probability = file.get_tensor("baseline_refusal"), file.get_tensor("baseline_probability")
+    assert torch.equal(refusal, torch.cat([record.refusal for record in drawn]))
+    assert torch.equal(probability, torch.cat([record.probability for record in drawn]))
+    assert refusal[:24].mean() > 0 > refusal[24:48].mean()  # control: harmful prompts come first
 
 
 def test_an_infinite_threshold_is_spelled_out(extraction: RunResult, tmp_path: Path):
-    thresholds = replace(extraction.config.thresholds, kl=math.inf, induce=-math.inf)
+    thresholds = replace(extraction.config.thresholds, kl_threshold=math.inf, induce_threshold=-math.inf)
     artifacts.write(replace(extraction, config=replace(extraction.config, thresholds=thresholds)), tmp_path)
     recorded = json.loads((tmp_path / "run.json").read_text())["config"]["thresholds"]
-    assert recorded == {"kl": "inf", "induce": "-inf", "prune_layers": 0.2}
+    assert recorded == {
+        "kl_threshold": "inf", "induce_threshold": "-inf", "prune_layers": 0.2, "top_k_candidates": None
+    }  # fmt: skip
 
 
 def test_json_has_null_for_nan(extraction: RunResult, tmp_path: Path):
     broken = replace(extraction.means[0], kl_div=float("nan"))
-    choice = replace(extraction.choice, means=(broken, *extraction.means[1:]))
-    artifacts.write(replace(extraction, choice=choice), tmp_path)
+    selection = replace(extraction.selection, means=(broken, *extraction.means[1:]))
+    artifacts.write(replace(extraction, selection=selection), tmp_path)
     text = (tmp_path / "all_direction_scores.json").read_text()
     assert "NaN" not in text
     assert json.loads(text)[0]["kl_div"] is None
@@ -108,11 +129,13 @@ def test_what_was_written_can_be_loaded(extraction: RunResult, tmp_path: Path):
     loaded, direction = load_direction(tmp_path), extraction.direction
     assert torch.equal(loaded.vector, direction.vector)
     assert (loaded.layer, loaded.position, loaded.model_id) == (direction.layer, direction.position, direction.model_id)
+    assert loaded.method == direction.method == "difference_of_means"
 
 
-def test_loading_from_an_empty_folder_is_explained(tmp_path: Path):
-    with pytest.raises(OutputError, match="holds no refusal direction"):
-        load_direction(tmp_path)
+@pytest.mark.parametrize("load", [load_direction, load_run])
+def test_loading_from_an_empty_folder_is_explained(tmp_path: Path, load: Callable[[Path], object]):
+    with pytest.raises(OutputError, match="holds no results of a run"):
+        load(tmp_path)
 
 
 def failing_after(calls: int, function: Callable[..., object], error: BaseException) -> Callable[..., object]:
@@ -149,9 +172,39 @@ def test_a_crash_at_any_moment_leaves_one_set_and_the_next_run_recovers(
             finished = False
     assert len(marks(tmp_path)) <= 1
     survivor = load_direction(tmp_path).model_id
+    assert load_run(tmp_path).model.model_id == survivor
     assert {path.name for path in tmp_path.iterdir()} == set(file_names(TEXT))
     assert marks(tmp_path) == {survivor}
     assert survivor == "new" or not finished
+
+
+def with_activations(extraction: RunResult) -> RunResult:
+    """The same results with random activations."""
+    model = extraction.model
+    shape = (3, model.n_positions, model.n_layers, model.d_model)
+    config = replace(extraction.config, keep_activations=True)
+    return replace(extraction, config=config, activations={kind: torch.randn(shape) for kind in Kind})
+
+
+@pytest.mark.parametrize("operation", ["replace", "fsync", "unlink", "rmdir"])
+@pytest.mark.parametrize("calls", range(9))
+@pytest.mark.parametrize("kept", ["old", "new"])
+def test_a_crash_never_leaves_the_activations_of_another_run(
+    extraction: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str, calls: int, kept: str
+):
+    runs = {mark: marked(extraction, mark) for mark in ("old", "new")}
+    runs[kept] = with_activations(runs[kept])
+    artifacts.write(runs["old"], tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, operation, failing_after(calls, getattr(os, operation), KeyboardInterrupt()))
+        with contextlib.suppress(KeyboardInterrupt):
+            artifacts.write(runs["new"], tmp_path)
+    survivor = load_run(tmp_path)
+    expected = {*file_names(TEXT), *artifacts.optional_file_names(survivor.config)}
+    assert {path.name for path in tmp_path.iterdir()} == expected
+    assert (survivor.activations is not None) == (survivor.model.model_id == kept)
+    if survivor.activations is not None:
+        assert all(torch.equal(survivor.activations[kind], runs[kept].activations[kind]) for kind in Kind)  # type: ignore[index]
 
 
 def test_a_full_disk_leaves_the_old_set_untouched(
@@ -198,7 +251,7 @@ def test_a_damaged_file_is_explained(extraction: RunResult, tmp_path: Path, name
 def test_what_is_no_direction_is_not_handed_out(extraction: RunResult, tmp_path: Path, vector: torch.Tensor):
     artifacts.write(extraction, tmp_path)
     torch.save(vector, tmp_path / "refusal_direction.pt")
-    with pytest.raises(OutputError, match="cannot be read.*Make it anew"):
+    with pytest.raises(OutputError, match="cannot be read.*Run it again"):
         load_direction(tmp_path)
 
 
@@ -207,7 +260,7 @@ def test_a_layer_that_is_no_number_is_not_handed_out(extraction: RunResult, tmp_
     artifacts.write(extraction, tmp_path)
     path = tmp_path / "direction_metadata.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "layer": layer}))
-    with pytest.raises(OutputError, match="cannot be read.*no whole number"):
+    with pytest.raises(OutputError, match="cannot be read.*not a whole number"):
         load_direction(tmp_path)
 
 
@@ -220,14 +273,17 @@ def test_a_folder_with_results_of_the_other_pipeline_is_refused(extraction: RunR
 
 
 def test_the_digest_of_prompts_is_of_their_images_too():
+    def digest(prompt: Prompt) -> str:
+        return PromptSets([prompt], [], [], []).digest((Kind.HARMFUL, Split.TRAIN))
+
     red, blue = (Prompt("a/0", "What is this?", Image.new("RGB", (4, 4), colour)) for colour in ("red", "blue"))
-    assert artifacts._digest([red]) == artifacts._digest([red])
-    assert len({artifacts._digest([one]) for one in (red, blue, Prompt("a/0", "What is this?"))}) == 3
+    assert digest(red) == digest(red)
+    assert len({digest(one) for one in (red, blue, Prompt("a/0", "What is this?"))}) == 3
 
 
 def test_a_folder_where_a_file_goes_is_found_out_before_the_work(tmp_path: Path):
     (tmp_path / "run.json").mkdir()
-    with pytest.raises(OutputError, match=r"run\.json is a folder, where a file of results goes"):
+    with pytest.raises(OutputError, match=r"run\.json is a folder in the place of a results file"):
         artifacts.check_writable(tmp_path, TEXT)
     artifacts.check_writable(tmp_path / "other", TEXT)
 

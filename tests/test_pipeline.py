@@ -28,32 +28,36 @@ from refusal_direction.errors import (
     TooFewPromptsError,
     UnsupportedModelError,
 )
-from refusal_direction.output import text as report
-from refusal_direction.prompts import Prompt, PromptSets
+from refusal_direction.prompts import Kind, Prompt, PromptSets, Split
+from refusal_direction.prompts.sets import SETS_FOR_SELECTION
+from refusal_direction.results import table
 
 FEW = Config(prompts=PromptSource(n_train=16, n_val=8))
 
 
-def with_prompt(extraction: RunResult, text: str) -> PromptSets:
+def with_prompt(prompts: PromptSets, text: str) -> PromptSets:
     odd = Prompt("mine/7", text)
-    return replace(extraction.prompts, harmful_train=(odd, *extraction.prompts.harmful_train[1:]))
+    return replace(prompts, harmful_train=(odd, *prompts.harmful_train[1:]))
 
 
 def test_settings_go_with_a_loaded_model(chat: ChatModel):
-    found = extract(chat, replace(FEW, batch_size=3, thresholds=Thresholds(kl=1.0)))
-    assert {name: len(members) for name, members in found.prompts.indices().items()} == {
-        "harmful_train": 16,
-        "harmless_train": 16,
-        "harmful_val": 8,
-        "harmless_val": 8,
+    found = extract(chat, replace(FEW, batch_size=3, thresholds=Thresholds(kl_threshold=1.0)))
+    assert {which: len(found.prompts[which].ids) for which in SETS_FOR_SELECTION} == {
+        (Kind.HARMFUL, Split.TRAIN): 16,
+        (Kind.HARMLESS, Split.TRAIN): 16,
+        (Kind.HARMFUL, Split.VALIDATION): 8,
+        (Kind.HARMLESS, Split.VALIDATION): 8,
     }
-    assert found.config.model.model_id == "demo"
+    assert found.config.model.model_id == found.model.model_id == "demo"
+    assert found.selection.conditions.kl_threshold == 1.0
 
 
-def test_tokens_that_say_nothing_of_refusal_are_warned_of_in_the_results(chat: ChatModel, extraction: RunResult):
-    anything = Thresholds(kl=100.0, induce=-100.0)
+def test_tokens_that_say_nothing_of_refusal_are_warned_of_in_the_results(
+    chat: ChatModel, extraction: RunResult, prompts: PromptSets
+):
+    anything = Thresholds(kl_threshold=100.0, induce_threshold=-100.0)
     config = replace(FEW, refusal_tokens=("a",), skip_filter=True, thresholds=anything)
-    (warning,) = extract(chat, config, prompts=extraction.prompts).warnings
+    (warning,) = extract(chat, config, prompts=prompts).warnings
     assert "hardly any harmful prompt counts as refused" in warning
     assert extraction.warnings == ()  # control
 
@@ -70,15 +74,17 @@ def test_a_model_that_cannot_be_had_is_found_out_before_prompts_are_fetched(
     assert not fetched
 
 
-def test_a_prompt_whose_end_becomes_one_token_with_the_templates_is_refused(chat: ChatModel, extraction: RunResult):
+def test_a_prompt_whose_end_becomes_one_token_with_the_templates_is_refused(chat: ChatModel, prompts: PromptSets):
     """Else the mean at that position would be over other tokens."""
     merging = copy.deepcopy(chat.tokenizer)
     merging.add_tokens(["wall\n"])
     template = "{{ messages[0]['content'] }}\nReply:"
     odd = replace(chat, tokenizer=merging, chat_template=template)
     assert odd.text_of(odd.eoi_tokens[0]) == "\n"
-    with pytest.raises(PromptError, match="The end of mine/7 and what the chat template puts after it become tokens"):
-        extract(odd, FEW, prompts=with_prompt(extraction, "Paint a wall"))
+    with pytest.raises(
+        PromptError, match="The end of mine/7 and the text that the chat template puts after it become tokens"
+    ):
+        extract(odd, FEW, prompts=with_prompt(prompts, "Paint a wall"))
 
 
 def test_prompts_without_images_are_not_for_a_vision_language_model():
@@ -95,17 +101,18 @@ def test_what_is_no_chat_model_or_no_prompts_is_explained(chat: ChatModel):
 
 
 def test_a_result_is_shown_as_its_table(extraction: RunResult):
-    assert str(extraction) == report.results(extraction)
+    assert str(extraction) == table(extraction)
+    assert str(extraction).startswith(f"Refusal direction of demo: {extraction.label} (of 8 layers)")
     assert len(repr(extraction)) < 3000
 
 
-def test_autocast_around_a_run_changes_nothing(chat: ChatModel, extraction: RunResult):
+def test_autocast_around_a_run_changes_nothing(chat: ChatModel, extraction: RunResult, prompts: PromptSets):
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = extract(chat, extraction.config, prompts=extraction.prompts)
+        found = extract(chat, extraction.config, prompts=prompts)
         lowered = chat.model(torch.arange(5, 9).unsqueeze(0)).logits
     assert lowered.dtype == torch.bfloat16  # control
-    assert torch.allclose(found.candidates, extraction.candidates, atol=1e-5)
-    assert found.leak < 1e-6
+    assert torch.allclose(found.candidates.vectors, extraction.candidates.vectors, atol=1e-5)
+    assert found.engine.largest_leak < 1e-6
 
 
 @pytest.mark.parametrize("search", ["exhaustive", "pruned"])
@@ -117,57 +124,56 @@ def test_prompts_that_are_the_same_on_both_sides_give_no_candidate(chat: ChatMod
 
 def test_the_probability_of_the_refusal_tokens_is_that_of_each_kind_of_prompts(extraction: RunResult):
     """Train and validation prompts together, whatever the filter left."""
-    places, mass = extraction.prompts.indices(), extraction.baseline.mass
-    for kind in ("harmful", "harmless"):
-        ordered = mass[places[f"{kind}_train"] + places[f"{kind}_val"]].sort().values
+    for kind, found in extraction.refusal_probability.items():
+        measured = [extraction.prompts[kind, split].probability for split in (Split.TRAIN, Split.VALIDATION)]
+        ordered = torch.cat(measured).sort().values
+        assert len(ordered) == 36
         middle = (ordered[len(ordered) // 2 - 1] + ordered[len(ordered) // 2]) / 2
-        assert extraction.mass[kind].median == pytest.approx(float(middle))
-        assert extraction.mass[kind].lower <= extraction.mass[kind].median <= extraction.mass[kind].upper
+        assert found.median == pytest.approx(float(middle))
+        assert found.lower <= found.median <= found.upper
+    assert set(extraction.refusal_probability) == set(Kind)
 
 
-def test_a_half_precision_model_selects_the_same_candidate(chat: ChatModel, extraction: RunResult):
+def test_a_half_precision_model_selects_the_same_candidate(extraction: RunResult, prompts: PromptSets):
     half = load_chat_model(ModelSource("demo", dtype="bfloat16"))
-    found = extract(half, prompts=extraction.prompts)
-    assert (found.selection.score.position, found.selection.score.layer) == (
-        extraction.selection.score.position,
-        extraction.selection.score.layer,
-    )
+    found = extract(half, prompts=prompts)
+    assert found.label == extraction.label
     for ours, exact in zip(found.means, extraction.means, strict=True):
         assert ours.ablation_refusal == pytest.approx(exact.ablation_refusal, abs=0.3)
-    assert found.leak < 8e-3
+    assert found.engine.largest_leak < 8e-3
 
 
-def test_a_prompt_longer_than_the_model_takes_is_named(chat: ChatModel, extraction: RunResult):
+def test_a_prompt_longer_than_the_model_takes_is_named(chat: ChatModel, prompts: PromptSets):
     with pytest.raises(PromptError, match=r"mine/7 has \d+ tokens, but demo takes 512"):
-        extract(chat, prompts=with_prompt(extraction, "bread " * 600))
+        extract(chat, prompts=with_prompt(prompts, "bread " * 600))
 
 
 def test_a_tokenizer_of_another_model_is_found_out(
-    chat: ChatModel, extraction: RunResult, monkeypatch: pytest.MonkeyPatch
+    chat: ChatModel, prompts: PromptSets, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(chat.model.get_input_embeddings(), "num_embeddings", 300)
     with pytest.raises(TokenizerError, match="do not belong together"):
-        extract(chat, prompts=extraction.prompts)
+        extract(chat, prompts=prompts)
 
 
-def test_a_model_in_training_is_looked_at_as_it_answers_and_trained_on(extraction: RunResult):
+def test_a_model_in_training_is_looked_at_as_it_answers_and_trained_on(extraction: RunResult, prompts: PromptSets):
     """Without dropout; afterwards every module is as it was."""
     chat = load_chat_model("demo")
     for layer in chat.model.model.layers:
         layer.self_attn.attention_dropout = 0.5
     chat.model.train()
     chat.model.model.norm.eval()
-    found = extract(chat, prompts=extraction.prompts)
-    assert torch.equal(found.candidates, extraction.candidates)
+    found = extract(chat, prompts=prompts)
+    assert torch.equal(found.candidates.vectors, extraction.candidates.vectors)
     assert found.means == extraction.means
     assert [name for name, module in chat.model.named_modules() if not module.training] == ["model.norm"]
 
 
-def test_a_compiled_model_gives_the_same_scores(extraction: RunResult):
+def test_a_compiled_model_gives_the_same_scores(extraction: RunResult, prompts: PromptSets):
     chat = load_chat_model("demo")
     chat.model.compile(backend="eager")
     chat.complete(["Name a colour."], 2)
-    assert extract(chat, prompts=extraction.prompts).means == extraction.means
+    assert extract(chat, prompts=prompts).means == extraction.means
 
 
 def test_a_configuration_for_the_other_kind_of_model_is_refused(chat: ChatModel):
@@ -185,10 +191,10 @@ def test_a_configuration_for_the_other_kind_of_model_is_refused(chat: ChatModel)
         (lambda: Config(refusal_tokens="As"), r"give a tuple of tokens, as \('As',\)"),
         (lambda: Config(refusal_tokens=("I",), calibrate_refusal=True), "exclude each other"),
         (lambda: PromptSource(n_val=0), "--n_val 0"),
-        (lambda: Thresholds(kl=float("nan")), "--kl_threshold nan: must be a number"),
-        (lambda: Thresholds(induce=float("nan")), "--induce_threshold nan"),
+        (lambda: Thresholds(kl_threshold=float("nan")), "--kl_threshold nan: must be a number"),
+        (lambda: Thresholds(induce_threshold=float("nan")), "--induce_threshold nan"),
         (lambda: Thresholds(prune_layers=-1), "--prune_layers -1"),
-        (lambda: replace(VISION_CONFIG.rules, top_k=0), "--top_k_candidates 0"),
+        (lambda: Thresholds(top_k_candidates=0), "--top_k_candidates 0"),
     ],
 )
 def test_a_setting_that_makes_no_sense_is_refused_from_python_too(build: Callable[[], object], said: str):
@@ -196,11 +202,13 @@ def test_a_setting_that_makes_no_sense_is_refused_from_python_too(build: Callabl
         build()
 
 
-def test_an_intervention_is_not_measured_as_the_models_own_doing(chat: ChatModel, extraction: RunResult):
+def test_an_intervention_is_not_measured_as_the_models_own_doing(
+    chat: ChatModel, extraction: RunResult, prompts: PromptSets
+):
     r = extraction.direction
     for context in (ablated(chat.model, r.vector), steered(chat.model, r.vector, layer=r.layer)):
         with context, pytest.raises(ConfigurationError, match="End those contexts first"):
-            extract(chat, prompts=extraction.prompts)
+            extract(chat, prompts=prompts)
 
 
 def test_an_empty_set_of_prompts_is_an_error(chat: ChatModel):
@@ -208,12 +216,12 @@ def test_an_empty_set_of_prompts_is_an_error(chat: ChatModel):
         extract(chat, prompts=PromptSets((), (), (), ()))
 
 
-def test_logits_that_are_not_numbers_are_found_out(chat: ChatModel, extraction: RunResult):
+def test_logits_that_are_not_numbers_are_found_out(chat: ChatModel, prompts: PromptSets):
     weight = chat.model.model.norm.weight
     own = weight.data.clone()
     weight.data[0] = torch.nan
     try:
         with pytest.raises(UnsupportedModelError, match="are not numbers.*--dtype float32"):
-            extract(chat, prompts=extraction.prompts)
+            extract(chat, prompts=prompts)
     finally:
         weight.data = own

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from refusal_direction.config import TEXT, VISION, Rules
 from refusal_direction.errors import OutputError
 from refusal_direction.output.run_files import (
+    OPTIONAL_FILES,
     contents,
     file_name,
     file_names,
@@ -94,7 +95,6 @@ def write(run: RunResult, folder: str | Path) -> None:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     try:
-        _remove_optional(folder)
         _move_into_place(folder)
     except OSError as error:
         raise OutputError(
@@ -103,20 +103,16 @@ def write(run: RunResult, folder: str | Path) -> None:
         ) from error
 
 
-def _remove_optional(folder: Path) -> None:
-    """Remove files of an earlier run that the committed one does not replace."""
-    for name in ("activations.safetensors",):
-        (folder / name).unlink(missing_ok=True)
-
-
 def _move_into_place(folder: Path) -> None:
+    """Move a committed set to where it belongs, after the old set has been removed; may be interrupted and repeated."""
     committed = folder / _COMMITTED
     if not committed.exists():
         return
     fresh = {path.name for path in committed.iterdir()}
-    for name in fresh:  # not moved yet, so a file of this name is old
-        (folder / name).unlink(missing_ok=True)
-    for name in sorted(fresh):
+    if fresh:  # optional files are moved last: while others are left, one that is in place is old
+        for name in fresh | set(OPTIONAL_FILES):  # not moved yet, so a file of this name is old
+            (folder / name).unlink(missing_ok=True)
+    for name in sorted(fresh, key=lambda name: (name in OPTIONAL_FILES, name)):
         os.replace(committed / name, folder / name)
     committed.rmdir()
 

@@ -25,13 +25,15 @@ from refusal_direction.scoring.scores import Scores
 from refusal_direction.selection.conditions import Conditions, Rejection
 from refusal_direction.selection.result import SelectionResult
 
-__all__ = ["SCHEMA_VERSION", "contents", "file_name", "file_names", "optional_file_names", "restore"]
+__all__ = ["OPTIONAL_FILES", "SCHEMA_VERSION", "contents", "file_name", "file_names", "optional_file_names", "restore"]
 
 SCHEMA_VERSION = 2
 _DIRECTION, _METADATA = "refusal_direction.pt", "direction_metadata.json"
 _CANDIDATES, _SCORES = "candidate_directions.pt", "all_direction_scores.json"
 _RUN, _PER_PROMPT, _ACTIVATIONS = "run.json", "per_prompt_scores.safetensors", "activations.safetensors"
 _SPECIFIED = (_DIRECTION, _METADATA, _CANDIDATES, _SCORES)
+OPTIONAL_FILES = (_ACTIVATIONS,)
+"""The files that a run writes on request alone."""
 
 
 def file_name(name: str, rules: Rules) -> str:
@@ -47,7 +49,7 @@ def file_names(rules: Rules) -> tuple[str, ...]:
 
 def optional_file_names(config: Config) -> tuple[str, ...]:
     """The files that a run writes on request."""
-    return (_ACTIVATIONS,) if config.keep_activations else ()
+    return OPTIONAL_FILES if config.keep_activations else ()
 
 
 def contents(run: RunResult) -> dict[str, bytes]:
