@@ -6,8 +6,9 @@ import json
 import logging
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from refusal_direction.selection.rules import CandidateScore, Rejection, layer_limit, select, select_survivor, survivors
 from torch import Tensor
 
-from refusal_direction.config import Thresholds
-from refusal_direction.errors import NoCandidateError
+from refusal_direction.candidates import CandidateLabel
+from refusal_direction.config import TEXT, VISION, Config, Rules, Thresholds
 from refusal_direction.scoring.metrics import LEAST_REFUSAL, Measure
-from refusal_direction.selection.pruned import planner as plan
+from refusal_direction.scoring.scores import CandidateScore, ScoreRequest
+from refusal_direction.selection.conditions import Conditions, Rejection
+from refusal_direction.selection.decision import Decision, decide
+from refusal_direction.selection.pruned import planner
 from refusal_direction.selection.pruned.bounds import SLACK, Table
-from refusal_direction.selection.pruned.search import Conditions, Found, Hints, ScoreRequest, search
-from refusal_direction.selection.pruned.verdicts import judge
+from refusal_direction.selection.pruned.planner import Hints
+from refusal_direction.selection.pruned.search import PrunedResult, search
+from refusal_direction.selection.pruned.verdicts import SearchSpace, judge
 
 NAN = float("nan")
 KL_FLOOR = -0.01
@@ -35,66 +39,86 @@ seeds = st.integers(0, 2**32)
 
 @dataclass(frozen=True)
 class Problem:
-    """Every score of every candidate on every prompt, and the rule to select by."""
+    """Every score of every candidate on every prompt, and the rules to select by."""
 
     scores: dict[Measure, Tensor]
     n_layers: int
-    null: frozenset[int] = frozenset()
+    zero: frozenset[int] = frozenset()
+    """Candidates of length zero."""
     thresholds: Thresholds = field(default_factory=Thresholds)
     baseline: float = 0.0
-    """What a relative steering threshold counts from."""
-    top_k: int | None = None
-    """None: the rule for text; else the rule for images with text."""
+    """The harmless baseline, from which the steering threshold counts by the rules for images with text."""
+    rules: Rules = TEXT
+    mixed: tuple[CandidateLabel, ...] = ()
+    """Labels of the candidates; by default those of a grid."""
 
     def __len__(self) -> int:
         return len(self.scores[Measure.KL])
 
+    @property
+    def labels(self) -> tuple[CandidateLabel, ...]:
+        grid = (
+            CandidateLabel("test", index % self.n_layers, index // self.n_layers - len(self) // self.n_layers)
+            for index in range(len(self))
+        )
+        return self.mixed or tuple(grid)
+
+    @property
+    def space(self) -> SearchSpace:
+        return SearchSpace(self.labels, tuple(index in self.zero for index in range(len(self))))
+
+    @property
+    def conditions(self) -> Conditions:
+        return Conditions.of(Config(rules=self.rules, thresholds=self.thresholds), self.n_layers, self.baseline)
+
+    @property
     def floors(self) -> dict[Measure, Tensor]:
         least = {Measure.ABLATION: LEAST_REFUSAL, Measure.KL: KL_FLOOR, Measure.STEERING: LEAST_REFUSAL}
         return {measure: torch.full((table.shape[1],), least[measure]) for measure, table in self.scores.items()}
 
-    def conditions(self) -> Conditions:
-        return Conditions(
-            layers=torch.arange(len(self)) % self.n_layers,
-            null=torch.tensor([index in self.null for index in range(len(self))]),
-            limit=layer_limit(self.n_layers, self.thresholds),
-            kl=self.thresholds.kl,
-            steering=self.baseline + self.thresholds.induce,
-            top_k=self.top_k or len(self),
-        )
-
-    def exhaustively(self) -> int | None:
-        """The candidate selected by the package's rules on the means of all scores; None where that is an error."""
-        columns = [self.scores[m].mean(1).tolist() for m in (Measure.ABLATION, Measure.STEERING, Measure.KL)]
-        means = [
-            CandidateScore(index // self.n_layers - 9, index % self.n_layers, *values)
-            for index, values in enumerate(zip(*columns, strict=True))
+    @property
+    def means(self) -> list[CandidateScore]:
+        columns = {measure.value: table.mean(1).tolist() for measure, table in self.scores.items()}
+        return [
+            CandidateScore(label, **{name: column[index] for name, column in columns.items()})
+            for index, label in enumerate(self.labels)
         ]
-        try:
-            if self.top_k is None:
-                return select(means, self.n_layers, thresholds=self.thresholds, null=self.null).index
-            finalists = survivors(means, self.n_layers, thresholds=self.thresholds, top_k=self.top_k, null=self.null)
-            return select_survivor(
-                means, finalists, thresholds=self.thresholds, baseline=self.baseline, n_layers=self.n_layers
-            ).index
-        except NoCandidateError:
-            return None
+
+    def decided(self) -> Decision:
+        """The package's decision by the means of all scores."""
+        return decide(self.means, self.conditions, self.space.zero)
+
+    def plainly(self) -> int | None:
+        """The rules once more, independently: the selected candidate, None if there is none."""
+        ablation, kl, steering = (self.scores[measure].mean(1).tolist() for measure in Measure)
+        limit = math.floor(self.n_layers * (1 - Fraction(str(self.thresholds.prune_layers))))
+        comparable = [i for i in range(len(self)) if i not in self.zero and kl[i] == kl[i]]
+        admitted = [i for i in comparable if self.labels[i].layer < limit and kl[i] <= self.thresholds.kl_threshold]
+        if self.rules.relaxing:
+            admitted = admitted or comparable
+        considered = sorted(admitted, key=lambda i: (kl[i], i))[: self.thresholds.top_k_candidates]
+        scored = [i for i in considered if ablation[i] == ablation[i] and steering[i] == steering[i]]
+        start = self.baseline if self.rules.relaxing else 0.0
+        inducing = [i for i in scored if steering[i] >= start + self.thresholds.induce_threshold]
+        if self.rules.relaxing:
+            inducing = inducing or scored
+        return min(inducing, key=lambda i: (ablation[i], i), default=None)
 
 
 class Measuring:
-    """Answers from a table, and keeps the account."""
+    """Answers from a table, and records the requests."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.asked: list[list[ScoreRequest]] = []
 
-    def __call__(self, cells: Sequence[ScoreRequest]) -> list[float]:
-        self.asked.append(list(cells))
-        return [float(self.problem.scores[cell.measure][cell.candidate, cell.prompt]) for cell in cells]
+    def __call__(self, requests: Sequence[ScoreRequest]) -> list[float]:
+        self.asked.append(list(requests))
+        return [float(self.problem.scores[measure][candidate, prompt]) for candidate, measure, prompt in requests]
 
     @property
-    def cells(self) -> list[ScoreRequest]:
-        return [cell for cells in self.asked for cell in cells]
+    def requests(self) -> list[ScoreRequest]:
+        return [request for requests in self.asked for request in requests]
 
 
 def random_hints(problem: Problem, rng: random.Random) -> Hints:
@@ -107,11 +131,21 @@ def random_hints(problem: Problem, rng: random.Random) -> Hints:
     return Hints(candidates, shape, problem.n_layers)
 
 
-def pruned(problem: Problem, rng: random.Random, hints: Hints | None = None) -> tuple[Found, Measuring]:
+def pruned(problem: Problem, rng: random.Random, hints: Hints | None = None) -> tuple[PrunedResult, Measuring]:
     measuring = Measuring(problem)
     hints = hints or random_hints(problem, rng)
-    fallbacks = problem.top_k is not None
-    return search(problem.conditions(), problem.floors(), hints=hints, ask=measuring, fallbacks=fallbacks), measuring
+    return search(problem.space, problem.conditions, problem.floors, hints=hints, ask=measuring), measuring
+
+
+def every_request(problem: Problem) -> list[ScoreRequest]:
+    """For all candidates that are not zero."""
+    return [
+        ScoreRequest(candidate, measure, prompt)
+        for measure, scores in problem.scores.items()
+        for candidate in range(len(problem))
+        if candidate not in problem.zero
+        for prompt in range(scores.shape[1])
+    ]
 
 
 # tables: spread out or close together, with ties, at the thresholds, at the bounds, with NaN
@@ -147,14 +181,15 @@ def random_problem(rng: random.Random, *, vision: bool) -> Problem:
             Measure.STEERING: table(rng.choice(STEERING), n_harmless),
         },
         n_layers=n_layers,
-        null=frozenset(index for index in range(count) if rng.random() < 0.1),
+        zero=frozenset(index for index in range(count) if rng.random() < 0.1),
         thresholds=Thresholds(
-            kl=rng.choice((0.1, 0.1, 0.1, 0.1, 0.05, -1.0, math.inf)),
-            induce=rng.choice((0.0, 0.0, 1.0, -2.0, -5.0, 19.0)),
+            kl_threshold=rng.choice((0.1, 0.1, 0.1, 0.1, 0.05, -1.0, math.inf)),
+            induce_threshold=rng.choice((0.0, 0.0, 1.0, -2.0, -5.0, 19.0)),
             prune_layers=rng.choice((0.2, 0.5, 0.0, 0.95)),
+            top_k_candidates=rng.choice((1, 2, 3, 4, 4, None)) if vision else None,
         ),
         baseline=rng.choice((0.0, -2.0)) if vision else 0.0,
-        top_k=rng.randint(1, 4) if vision else None,
+        rules=VISION if vision else TEXT,
     )
 
 
@@ -163,20 +198,86 @@ def random_problem(rng: random.Random, *, vision: bool) -> Problem:
 def test_it_selects_what_exhaustive_selection_selects(
     vision: bool, block: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """On 2400 random tables; and what is selected is measured in full, nothing twice, and of length zero nothing."""
+    """On 2400 random tables; the selected candidate is measured in full, nothing twice, and of length zero nothing."""
     caplog.set_level(logging.CRITICAL)
     outcomes = set()
     for seed in range(300 * block, 300 * (block + 1)):
         rng = random.Random(seed)
         problem = random_problem(rng, vision=vision)
         found, measuring = pruned(problem, rng)
-        expected = problem.exhaustively()
+        decided = problem.decided()
+        expected = decided.selected
         assert found.best == expected, seed
-        assert len(set(measuring.cells)) == len(measuring.cells)
-        assert not {cell.candidate for cell in measuring.cells} & problem.null
+        assert len(set(measuring.requests)) == len(measuring.requests)
+        assert not {request.candidate for request in measuring.requests} & problem.zero
         assert expected is None or bool(found.table.whole()[expected])
-        outcomes.add((expected is None, found.conditions.kl, found.conditions.steering == -math.inf))
+        assert expected is None or found.conditions == decided.conditions
+        reached = Decision(found.best, found.rejections, found.conditions)
+        assert all(borne_out(reached, problem)), seed
+        outcomes.add((expected is None, found.conditions.kl_threshold, found.conditions.induce_threshold == -math.inf))
     assert len(outcomes) >= 4  # the control: several ways to end were met
+
+
+@pytest.mark.parametrize("vision", [False, True])
+def test_the_decision_is_that_of_the_rules_stated_independently(vision: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """On 3000 random tables, and the reason for each rejection holds."""
+    caplog.set_level(logging.CRITICAL)
+    reasons = set()
+    for seed in range(1500):
+        problem = random_problem(random.Random(seed), vision=vision)
+        decision = problem.decided()
+        assert decision.selected == problem.plainly(), seed
+        assert all(borne_out(decision, problem)), seed
+        reasons.update(decision.rejections)
+    assert reasons == {None, *Rejection} - (set() if vision else {Rejection.RANK})
+
+
+def borne_out(decision: Decision, problem: Problem) -> Iterator[bool]:
+    """For each candidate, whether the reason for its rejection holds by its means, which NaN never speaks against.
+
+    A pruned search need not come upon a NaN. The selected candidate alone has no reason.
+    """
+    means, conditions, best = problem.means, decision.conditions, decision.selected
+    fitting = [
+        (score.kl_div, index)
+        for index, score in enumerate(means)
+        if index not in problem.zero
+        and score.layer < conditions.layer_limit
+        and score.kl_div <= conditions.kl_threshold
+    ]
+    for index, (score, rejection) in enumerate(zip(means, decision.rejections, strict=True)):
+        ahead = sum(not (score.kl_div, index) <= other for other in fitting)
+        yield {
+            None: index == best,
+            Rejection.ZERO_LENGTH: index in problem.zero,
+            Rejection.NAN: any(math.isnan(score.of(measure)) for measure in Measure),
+            Rejection.LAYER: score.layer >= conditions.layer_limit,
+            Rejection.KL: not score.kl_div <= conditions.kl_threshold,
+            Rejection.RANK: ahead >= (conditions.top_k_candidates or math.inf),
+            Rejection.STEERING: not score.steering_refusal >= conditions.induce_threshold,
+            Rejection.NOT_BEST: best is not None
+            and not (score.ablation_refusal, index) < (means[best].ablation_refusal, best),
+        }[rejection]
+
+
+@pytest.mark.parametrize("vision", [False, True])
+def test_of_a_label_the_layer_alone_matters(vision: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """Methods, random directions and vectors without a position go through the search together."""
+    caplog.set_level(logging.CRITICAL)
+    for seed in range(40):
+        problem = random_problem(random.Random(seed), vision=vision)
+        kinds = [
+            lambda layer: CandidateLabel("difference_of_means", layer, -1),
+            lambda layer: CandidateLabel("median", layer, -2),
+            lambda layer: CandidateLabel("random", layer, seed=layer),
+            lambda layer: CandidateLabel("file", layer),
+        ]
+        mixed = tuple(kinds[index % len(kinds)](label.layer) for index, label in enumerate(problem.labels))
+        (one, asked), (other, as_well) = (
+            pruned(each, random.Random(seed)) for each in (problem, replace(problem, mixed=mixed))
+        )
+        assert (one.best, one.rejections, asked.asked) == (other.best, other.rejections, as_well.asked)
+        assert replace(problem, mixed=mixed).decided() == problem.decided()
 
 
 @settings(max_examples=400)
@@ -186,8 +287,7 @@ def test_hints_change_the_work_and_never_the_result(seed: int, vision: bool) -> 
     problem = random_problem(rng, vision=vision)
     (one, _), (other, _) = pruned(problem, rng), pruned(problem, rng)
     assert one.best == other.best
-    assert one.conditions.kl == other.conditions.kl
-    assert one.conditions.steering == other.conditions.steering
+    assert one.conditions == other.conditions
 
 
 @pytest.mark.parametrize("guess", [NAN, math.inf, -math.inf, 1e300])
@@ -197,15 +297,15 @@ def test_hints_that_are_no_numbers_do_not_stop_the_search(guess: float) -> None:
         problem = random_problem(rng, vision=bool(seed % 2))
         hints = random_hints(problem, rng)
         wild = replace(hints, shape={measure: torch.full_like(shape, guess) for measure, shape in hints.shape.items()})
-        assert pruned(problem, rng, wild)[0].best == problem.exhaustively()
+        assert pruned(problem, rng, wild)[0].best == problem.decided().selected
 
 
 def test_a_planner_without_an_idea_does_not_stop_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan._Planner, "cells", lambda self: [])
+    monkeypatch.setattr(planner._Planner, "requests", lambda self: [])
     for seed in range(40):
         rng = random.Random(seed)
         problem = random_problem(rng, vision=bool(seed % 2))
-        assert pruned(problem, rng)[0].best == problem.exhaustively()
+        assert pruned(problem, rng)[0].best == problem.decided().selected
 
 
 @settings(max_examples=200)
@@ -213,13 +313,8 @@ def test_a_planner_without_an_idea_does_not_stop_the_search(monkeypatch: pytest.
 def test_a_bound_never_exceeds_the_mean_that_it_bounds(seed: int, vision: bool) -> None:
     rng = random.Random(seed)
     problem = random_problem(rng, vision=vision)
-    table = Table(len(problem), problem.floors())
-    everything = [
-        ScoreRequest(candidate, measure, prompt)
-        for measure, scores in problem.scores.items()
-        for candidate in range(len(problem))
-        for prompt in range(scores.shape[1])
-    ]
+    table = Table(len(problem), problem.floors)
+    everything = every_request(problem)
     some = rng.sample(everything, rng.randint(0, len(everything)))
     table.enter(some, Measuring(problem)(some))
     for measure, scores in problem.scores.items():
@@ -235,24 +330,15 @@ def test_what_is_dropped_early_is_never_selected_later(seed: int, vision: bool) 
     """A verdict on some of the scores holds whatever the others turn out to be."""
     rng = random.Random(seed)
     problem = random_problem(rng, vision=vision)
-    table, conditions = Table(len(problem), problem.floors()), problem.conditions()
-    cells = [
-        ScoreRequest(candidate, measure, prompt)
-        for measure, scores in problem.scores.items()
-        for candidate in range(len(problem))
-        if candidate not in problem.null
-        for prompt in range(scores.shape[1])
-    ]
-    rng.shuffle(cells)
+    table, requests = Table(len(problem), problem.floors), every_request(problem)
+    rng.shuffle(requests)
     dropped: set[int] = set()
-    for begin in range(0, len(cells), 7):
-        table.enter(cells[begin : begin + 7], Measuring(problem)(cells[begin : begin + 7]))
-        fates = judge(table, conditions).fates.tolist()
-        dropped |= {index for index, fate in enumerate(fates) if fate not in (Rejection.OPEN, Rejection.BEST)}
-        assert not any(
-            fates[index] in (Rejection.OPEN, Rejection.BEST) for index in dropped if fates[index] != Rejection.BEATEN
-        )
-    best = judge(table, conditions).best
+    for begin in range(0, len(requests), 7):
+        table.enter(requests[begin : begin + 7], Measuring(problem)(requests[begin : begin + 7]))
+        verdicts = judge(table, problem.space, problem.conditions)
+        assert not dropped & {*verdicts.open, verdicts.best}
+        dropped |= {index for index, rejection in enumerate(verdicts.rejections) if rejection is not None}
+    best = judge(table, problem.space, problem.conditions).best
     assert best is None or best not in dropped
 
 
@@ -270,11 +356,11 @@ def test_of_equal_ablation_scores_the_first_is_selected() -> None:
     for seed in range(20):
         found, _ = pruned(constant([-5.0] * 4, [0.0] * 4, [-1.0, 1, 1, 1]), random.Random(seed))
         assert found.best == 1
-        assert found.fates[2] == Rejection.BEATEN
+        assert found.rejections[2] is Rejection.NOT_BEST
 
 
 def test_the_thresholds_themselves_are_enough() -> None:
-    thresholds = Thresholds(kl=0.25, induce=0.5)  # means of four of them are exact
+    thresholds = Thresholds(kl_threshold=0.25, induce_threshold=0.5)  # means of four of them are exact
     edge = constant([-9.0, -5.0], [0.25, 0.0], [0.5, 1.0], thresholds=thresholds)
     assert pruned(edge, random.Random(0))[0].best == 0
     above = constant([-9.0, -5.0], [math.nextafter(0.25, 1), 0.0], [0.5, 1.0], thresholds=thresholds)
@@ -290,17 +376,19 @@ def test_scores_that_differ_in_the_last_bit_are_told_apart() -> None:
 
 
 def test_the_last_layers_and_candidates_of_length_zero_are_not_measured() -> None:
-    problem = constant([-5.0] * 10, [0.0] * 10, [1.0] * 10, null=frozenset({0}))
+    problem = constant([-5.0] * 10, [0.0] * 10, [1.0] * 10, zero=frozenset({0}))
     found, measuring = pruned(problem, random.Random(0))
-    assert {cell.candidate for cell in measuring.cells} == set(range(1, 8))
-    assert [found.fates[index] for index in (0, 8, 9)] == [Rejection.NULL, Rejection.LAYER, Rejection.LAYER]
+    assert {request.candidate for request in measuring.requests} == set(range(1, 8))
+    assert [found.rejections[index] for index in (0, 8, 9)] == [
+        Rejection.ZERO_LENGTH, Rejection.LAYER, Rejection.LAYER
+    ]  # fmt: skip
 
 
 def test_a_kl_far_above_the_threshold_takes_a_prompt_to_tell() -> None:
     problem = constant([-9.0] + [-5.0] * 4, [8.0] + [0.0] * 4, [1.0] * 5)
     found, measuring = pruned(problem, random.Random(0))
-    assert found.fates[0] == Rejection.KL
-    assert sum(cell.candidate == 0 and cell.measure is Measure.KL for cell in measuring.cells) == 1
+    assert found.rejections[0] is Rejection.KL
+    assert sum(request.candidate == 0 and request.measure is Measure.KL for request in measuring.requests) == 1
 
 
 def test_a_single_nan_ends_the_measuring_of_a_candidate() -> None:
@@ -309,23 +397,28 @@ def test_a_single_nan_ends_the_measuring_of_a_candidate() -> None:
         scores = {**problem.scores, measure: problem.scores[measure].clone()}
         scores[measure][0] = NAN
         found, measuring = pruned(replace(problem, scores=scores), random.Random(0))
-        assert (found.best, found.fates[0]) == (1, Rejection.BROKEN)
-        assert sum(cell.candidate == 0 for cell in measuring.cells) <= 6  # of 12; the first round is under way
+        assert (found.best, found.rejections[0]) == (1, Rejection.NAN)
+        assert sum(request.candidate == 0 for request in measuring.requests) <= 6  # of 12; the first round is under way
 
 
-def test_only_the_fallbacks_of_images_drop_conditions() -> None:
+def test_only_the_rules_for_images_drop_conditions() -> None:
     text = constant([-5.0, -4.0], [0.5, 0.4], [-1.0, -2.0])
     found, _ = pruned(text, random.Random(0))
-    assert (found.best, found.conditions.kl) == (None, 0.1)
-    vision = replace(text, top_k=1)  # neither has a low KL: the lowest; and that does not steer
+    assert (found.best, found.conditions) == (None, text.conditions)
+    vision = replace(
+        text, rules=VISION, thresholds=Thresholds(top_k_candidates=1)
+    )  # neither has a low KL: the lowest; and that does not steer
     found, _ = pruned(vision, random.Random(0))
-    assert (found.best, found.conditions.kl, found.conditions.steering) == (1, math.inf, -math.inf)
+    assert found.best == 1
+    assert found.conditions == vision.conditions.without_kl().without_steering()
 
 
 def test_of_those_of_lowest_kl_not_even_a_better_one_beyond_the_top_is_selected() -> None:
-    problem = constant([-9.0, -5.0, -6.0], [0.09, 0.01, 0.02], [1.0] * 3, top_k=2)
+    problem = constant(
+        [-9.0, -5.0, -6.0], [0.09, 0.01, 0.02], [1.0] * 3, rules=VISION, thresholds=Thresholds(top_k_candidates=2)
+    )
     found, _ = pruned(problem, random.Random(0))
-    assert (found.best, found.fates[0]) == (2, Rejection.RANK)
+    assert (found.best, found.rejections[0]) == (2, Rejection.RANK)
 
 
 # real models' scores
@@ -345,8 +438,8 @@ def published(golden: Path, name: str, seed: int) -> Problem:
         return (means + noise - noise.mean(1, keepdim=True)).clamp(floor, -floor)
 
     names = {Measure.ABLATION: "ablation_refusal", Measure.KL: "kl_div", Measure.STEERING: "steering_refusal"}
-    null = frozenset(index for index, score in enumerate(run["scores"]) if score["kl_div"] == 0)
-    return Problem({m: scattered(key, LEAST_REFUSAL) for m, key in names.items()}, run["n_layers"], null)
+    zero = frozenset(index for index, score in enumerate(run["scores"]) if score["kl_div"] == 0)
+    return Problem({m: scattered(key, LEAST_REFUSAL) for m, key in names.items()}, run["n_layers"], zero)
 
 
 @pytest.mark.parametrize("vision", [False, True])
@@ -356,11 +449,13 @@ def test_published_tables_take_a_fraction_of_the_work(
 ) -> None:
     caplog.set_level(logging.CRITICAL)
     for seed in range(3):
-        problem = replace(published(golden, name, seed), top_k=15 if vision else None)
+        problem = published(golden, name, seed)
+        if vision:
+            problem = replace(problem, rules=VISION, thresholds=Thresholds(top_k_candidates=15))
         found, measuring = pruned(problem, random.Random(seed))
-        assert found.best == problem.exhaustively()
+        assert found.best == problem.decided().selected
         assert found.best is not None
-        share = len(measuring.cells) / ((len(problem) - len(problem.null)) * 96)
+        share = len(measuring.requests) / ((len(problem) - len(problem.zero)) * 96)
         assert share < (0.35 if vision else 0.2)
         assert len(measuring.asked) <= 12
 

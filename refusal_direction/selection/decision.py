@@ -45,7 +45,8 @@ def finalists(scores: Sequence[CandidateScore], conditions: Conditions, zero: Se
 
 def relax_kl(scores: Sequence[CandidateScore], conditions: Conditions, zero: Sequence[bool]) -> Conditions:
     """Drop the conditions on layer and KL, with a warning, if they are relaxing and no candidate meets them."""
-    if not conditions.relaxing or finalists(scores, conditions, zero):
+    dropped = conditions.layer_limit == math.inf  # by an earlier call
+    if dropped or not conditions.relaxing or finalists(scores, conditions, zero):
         return conditions
     warn_kl(conditions)
     return conditions.without_kl()
