@@ -1,7 +1,4 @@
-"""Candidate directions: each a vector with the label that says how and where it was made.
-
-This is the one place that knows how candidates are laid out over positions and layers.
-"""
+"""Candidate directions: vectors, each with its label. This is the one place that lays them out over positions and layers."""
 
 from __future__ import annotations
 
@@ -10,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+
+from refusal_direction.config import DIFFERENCE_OF_MEANS
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -35,8 +34,9 @@ class CandidateLabel:
     """The seed of a random direction."""
 
     def __str__(self) -> str:
-        place = f"layer {self.layer}" if self.position is None else f"position {self.position}, layer {self.layer}"
-        return place if self.seed is None else f"{place}, seed {self.seed}"
+        method = "" if self.method == DIFFERENCE_OF_MEANS else f"{self.method}, "
+        position = "" if self.position is None else f"position {self.position}, "
+        return f"{method}{position}layer {self.layer}" + ("" if self.seed is None else f", seed {self.seed}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,10 +70,7 @@ class Candidates:
     def from_grid(cls, grid: Float[Tensor, "position layer d_model"], method: str) -> Candidates:
         """Label the vectors of a grid; the last position is -1. Ordered by position, then layer."""
         n_positions, n_layers, _ = grid.shape
-        labels = (
-            CandidateLabel(method, layer, position) for position in range(-n_positions, 0) for layer in range(n_layers)
-        )
-        return cls(grid.flatten(0, 1), tuple(labels))
+        return cls(grid.flatten(0, 1), tuple(_grid_labels(method, n_positions, n_layers)))
 
     @classmethod
     def concatenate(cls, parts: Sequence[Candidates]) -> Candidates:
@@ -81,9 +78,9 @@ class Candidates:
         return cls(torch.cat([part.vectors for part in parts]), tuple(label for part in parts for label in part.labels))
 
     def laid_out(self) -> Float[Tensor, "position layer d_model"] | Float[Tensor, "candidate d_model"]:
-        """The vectors as they are stored: the grid of one method where they are one, else in their own order."""
+        """Vectors as stored: [position, layer, d_model] if one method fills the whole grid, else [candidate, d_model]."""
         positions, layers = self._extent()
-        if self.labels != tuple(self._grid_labels(positions, layers)):
+        if not self.labels or self.labels != tuple(_grid_labels(self.labels[0].method, positions, layers)):
             return self.vectors
         return self.vectors.unflatten(0, (positions, layers))
 
@@ -91,7 +88,8 @@ class Candidates:
         positions = [-label.position for label in self.labels if label.position is not None]
         return max(positions, default=0), max(self.layers, default=-1) + 1
 
-    def _grid_labels(self, n_positions: int, n_layers: int) -> Iterator[CandidateLabel]:
-        for position in range(-n_positions, 0):
-            for layer in range(n_layers):
-                yield CandidateLabel(self.labels[0].method, layer, position)
+
+def _grid_labels(method: str, n_positions: int, n_layers: int) -> Iterator[CandidateLabel]:
+    for position in range(-n_positions, 0):
+        for layer in range(n_layers):
+            yield CandidateLabel(method, layer, position)

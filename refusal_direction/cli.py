@@ -20,7 +20,7 @@ from refusal_direction.runtime import processes
 
 __all__ = ["main", "main_vlm"]
 
-_A_MINUTE = 60.0
+_LINE_INTERVAL = 60.0
 
 
 @contextmanager
@@ -28,7 +28,9 @@ def _bar(description: str, total: int) -> Iterator[Callable[[int], object]]:
     from tqdm import tqdm
 
     settings = (
-        {} if sys.stderr.isatty() else {"file": _Lines(), "mininterval": _A_MINUTE, "delay": _A_MINUTE, "leave": False}
+        {}
+        if sys.stderr.isatty()
+        else {"file": _Lines(), "mininterval": _LINE_INTERVAL, "delay": _LINE_INTERVAL, "leave": False}
     )
     with tqdm(total=total, desc=description, unit=" row-layers", unit_scale=True, **settings) as bar:
         yield bar.update
@@ -142,7 +144,7 @@ def _command(argv: Sequence[str]) -> tuple[Callable[[Config], None], Sequence[st
 
 
 def _resumable(config: Config | None, before: set[tuple[Path, int]]) -> bool:
-    """Whether there is something to resume: of this run, or of the one that it resumes."""
+    """Whether this run, or the run it resumes, left checkpoints."""
     return config is not None and bool(_checkpoints(config) - (set() if config.resume else before))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from refusal_direction.errors import ConfigurationError
 __all__ = [
     "CHECKPOINTS",
     "DEMO_MODEL",
+    "DIFFERENCE_OF_MEANS",
     "TEXT",
     "VISION",
     "VISION_CONFIG",
@@ -25,6 +26,9 @@ __all__ = [
 
 CHECKPOINTS = ".unfinished"
 """The folder, inside the output folder, with the checkpoints of a run that has not finished."""
+
+DIFFERENCE_OF_MEANS = "difference_of_means"
+"""The name of the published method, which is the default."""
 
 DEMO_MODEL = "demo"
 """The model id of the small model that ships with the project, which has prompts of its own."""
@@ -61,6 +65,11 @@ class ModelSource:
     chat_template: str | None = _setting(None, "Jinja chat template, or a file with one", metavar="FILE")
     system_prompt: str | None = _setting(None, "system message, if the template takes one", metavar="TEXT")
     thinking: bool = _setting(False, "let a reasoning model think before it answers")
+
+    def __post_init__(self) -> None:
+        for name in ("model_id", "adapter", "chat_template"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else str(value))  # a path is accepted too
 
 
 @dataclass(frozen=True)
@@ -126,7 +135,9 @@ class Rules:
     """Whether conditions that no candidate meets are dropped, with a warning; `induce_threshold` then counts from the
     baseline's mean score."""
     searches: tuple[str, ...]
-    """The searches to choose from, the default first."""
+    """Available searches; the first is the default."""
+    top_k_candidates: int | None
+    """The default of `Thresholds.top_k_candidates`."""
 
 
 TEXT = Rules(
@@ -136,6 +147,7 @@ TEXT = Rules(
     keep_most_fitting=False,
     relaxing=False,
     searches=("exhaustive", "pruned"),
+    top_k_candidates=None,
 )
 VISION = Rules(
     images=True,
@@ -144,6 +156,7 @@ VISION = Rules(
     keep_most_fitting=True,
     relaxing=True,
     searches=("kl_first", "exhaustive", "pruned"),
+    top_k_candidates=15,
 )
 
 
@@ -151,14 +164,14 @@ VISION = Rules(
 class Config:
     """All settings of one run.
 
-    Raises ConfigurationError, as its parts do, for values that make no sense.
+    Raises ConfigurationError, as its parts do, for invalid values.
     """
 
     rules: Rules = TEXT
     model: ModelSource = field(default_factory=ModelSource)
     prompts: PromptSource = field(default_factory=PromptSource)
     thresholds: Thresholds = field(default_factory=Thresholds)
-    methods: tuple[str, ...] = ("difference_of_means",)
+    methods: tuple[str, ...] = (DIFFERENCE_OF_MEANS,)
     """Names of the methods that make candidate directions (`refusal_direction.methods`)."""
     batch_size: int | None = _setting(
         None, "most rows through a layer at once (default: by free memory)", metavar="ROWS", group="model"
@@ -194,6 +207,11 @@ class Config:
             raise ConfigurationError("--refusal_tokens and --calibrate_refusal exclude each other: give one.")
         if self.thresholds.top_k_candidates is not None and not self.rules.images:
             raise ConfigurationError("top_k_candidates is a condition for images with text alone. Leave it out.")
+        for name in ("methods", "refusal_tokens"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.thresholds.top_k_candidates is None:
+            own = replace(self.thresholds, top_k_candidates=self.rules.top_k_candidates)
+            object.__setattr__(self, "thresholds", own)
 
 
 def search_name(config: Config) -> str:
@@ -210,7 +228,6 @@ def search_name(config: Config) -> str:
 VISION_CONFIG = Config(
     rules=VISION,
     model=ModelSource("google/paligemma2-10b-mix-448"),
-    thresholds=Thresholds(top_k_candidates=15),
     output_dir=Path("artifacts") / "vlm",
     batch_size=8,
 )

@@ -9,7 +9,7 @@
     │   └── TooFewPromptsError     fewer prompts than asked for, or too few left by the filter
     ├── ModelError
     │   ├── ModelAccessError       gated, unknown, or unreachable
-    │   ├── TokenizerError         the tokenizer maps text to nothing useful
+    │   ├── TokenizerError         the tokenizer does not fit the model, or maps text to no usable tokens
     │   ├── ChatTemplateError      no chat template, or one that cannot be used
     │   ├── RefusalTokenError      refusal tokens that are not in the vocabulary, or that calibration does not find
     │   └── UnsupportedModelError  a model on which the method would give wrong results
@@ -78,7 +78,7 @@ class ModelAccessError(ModelError):
 
 
 class TokenizerError(ModelError):
-    """The tokenizer maps text to nothing useful."""
+    """The tokenizer does not fit the model, or maps text to no usable tokens."""
 
 
 class ChatTemplateError(ModelError):

@@ -46,6 +46,7 @@ class Cost:
 
     @property
     def seconds(self) -> float:
+        """Of the whole run."""
         return self.load_seconds + sum(self.pass_seconds.values())
 
 
@@ -59,7 +60,7 @@ class Inspection:
     tokens: RefusalTokens
     engine: str
     writes: tuple[tuple[tuple[str, ...], int], ...]
-    """Submodules of a layer whose outputs are added to the stream, and the number of layers where it is these."""
+    """Submodules of a layer whose outputs are added to the stream, and the number of layers with this set."""
     n_layers: int
     d_model: int
     shared: int
@@ -70,6 +71,7 @@ class Inspection:
 
     @property
     def n_candidates(self) -> int:
+        """Number of candidates of all methods."""
         return len(self.config.methods) * self.chat.n_positions * self.n_layers
 
     def __str__(self) -> str:
@@ -79,7 +81,7 @@ class Inspection:
 def inspect(config: Config) -> Inspection:
     """Load the model, look at it, and time a few rows.
 
-    Raises RefusalDirectionError for everything that ends a run before its first pass.
+    Raises every RefusalDirectionError that `extract` raises before the first pass.
     """
     with prepared(config.model.model_id, config) as ready:
         ready.engine.rehearse()
@@ -178,7 +180,7 @@ def _cost(ready: Prepared, passes: dict[str, list[Row]], load_seconds: float) ->
     longest = max(inputs["input_ids"].shape[-1] for inputs in engine.prompts)
     at_once = engine.budget.rows(longest - engine.shared)
     samples = [_sample(ready, candidates, times * 2 * at_once) for times in (1, *_MICROBATCHES)]
-    _timed(ready, samples[0], candidates)  # the first pass pays for much that no other does
+    _timed(ready, samples[0], candidates)  # warm-up
     (few, many), (short, long) = (
         [token_layers(engine, sample, candidates) for sample in samples[1:]],
         [_timed(ready, sample, candidates) for sample in samples[1:]],
@@ -217,6 +219,7 @@ def _lines(found: Inspection) -> list[tuple[str, str]]:
         " ".join(repr(chat.text_of(token)) for token in chat.eoi_tokens) or f"the last {chat.n_positions} of the prompt"
     )
     sets = found.prompts.indices()
+    methods = f"{len(found.config.methods)} methods x " if len(found.config.methods) > 1 else ""
     return [
         ("model", f"{chat.model_id}: {model.num_parameters() / 1e6:,.1f}M parameters, {str(model.dtype)[6:]}"),
         ("residual stream", f"{found.n_layers} layers, d_model {found.d_model}; {found.engine} engine"),
@@ -225,7 +228,7 @@ def _lines(found: Inspection) -> list[tuple[str, str]]:
         ("refusal tokens", f"{', '.join(map(repr, found.tokens.texts))} ({found.tokens.source})"),
         ("prompts", ", ".join(f"{len(members)} {set_name(which)}" for which, members in sets.items())),
         ("shared opening", f"{found.shared} tokens"),
-        ("candidates", f"{found.n_candidates} = {chat.n_positions} positions x {found.n_layers} layers"),
+        ("candidates", f"{found.n_candidates} = {methods}{chat.n_positions} positions x {found.n_layers} layers"),
         ("rows", ", ".join(f"{count:,} {name}" for name, count in found.rows.items())),
         ("time", f"about {_duration(cost.seconds)}: loading {_duration(cost.load_seconds)} (measured)"),
         *(("", f"{name} {_duration(seconds)}") for name, seconds in cost.pass_seconds.items()),

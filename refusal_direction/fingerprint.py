@@ -30,7 +30,7 @@ def fingerprint(
     sets: Mapping[PromptSet, Sequence[int]] | None = None,
     hash_weights: bool = False,
 ) -> str:
-    """SHA-256 of everything that scores depend on. Thresholds do not matter: checkpoints hold scores, not decisions.
+    """SHA-256 of everything that scores depend on. Thresholds are excluded: checkpoints hold scores, not decisions.
 
     Args:
         config: gives the source of the weights and how they are loaded.

@@ -28,7 +28,7 @@ _VARIABLES = {"n_train": "VLM_N_TRAIN", "n_val": "VLM_N_VAL"}
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults that say something, and only the first spelling of a flag."""
+    """Shows informative defaults, and only the first spelling of a flag."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         silent = any(action.default is nothing for nothing in (None, False, (), argparse.SUPPRESS))
@@ -95,7 +95,7 @@ def _text(metadata: Mapping[str, Any], name: str, defaults: Config) -> str | Non
 def parse(flags: Sequence[str], defaults: Config) -> Config:
     """The configuration that flags ask for; for images VLM_N_TRAIN and VLM_N_VAL stand in for flags that are absent.
 
-    Raises ConfigurationError for values that make no sense, SystemExit for flags that cannot be parsed.
+    Raises ConfigurationError for invalid values, SystemExit for flags that cannot be parsed.
     """
     variables = _VARIABLES if defaults.rules.images else {}
     given = {name: os.environ[variable] for name, variable in variables.items() if os.environ.get(variable)}
@@ -111,7 +111,7 @@ def parse(flags: Sequence[str], defaults: Config) -> Config:
 def config_from(arguments: argparse.Namespace, defaults: Config = Config()) -> Config:
     """The configuration of parsed arguments.
 
-    Raises ConfigurationError for values that make no sense.
+    Raises ConfigurationError for invalid values.
     """
     parts = {name: kind(**_some_of(arguments, fields(kind))) for name, kind in _PARTS.items()}
     own = _some_of(arguments, fields(Config))

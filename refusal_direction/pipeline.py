@@ -85,7 +85,7 @@ def extract(
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything that is needed before the first pass."""
+    """Inputs of the first pass."""
 
     config: Config
     chat: ChatModel
@@ -97,7 +97,7 @@ class Prepared:
     seconds: dict[str, float] = field(repr=False)
     """Wall time of gathering prompts and of loading the model."""
     warnings: list[str] = field(repr=False)
-    """The warnings of this and all later stages, as they come."""
+    """The warnings of this and all later stages, in the order logged."""
 
 
 @contextmanager
@@ -118,6 +118,8 @@ def prepared(
         config: as for `extract`.
         prompts: as for `extract`.
         progress: whether downloads show bars.
+
+    Raises ConfigurationError, PromptError, ModelError, OutOfMemoryError.
     """
     config, chat = _resolve(model, config)
     search_name(config)  # raises before the work, not after it
@@ -131,10 +133,14 @@ def prepared(
 
 
 def run(ready: Prepared, *, progress: Progress | None = None, checkpoint_dir: str | Path | None = None) -> RunResult:
-    """Run the method on what was prepared; the arguments are those of `extract`."""
+    """Run the method on prepared inputs; the arguments are those of `extract`.
+
+    Raises ConfigurationError, TooFewPromptsError, UnsupportedModelError, NoCandidateError, OutOfMemoryError.
+    """
     config, engine, timer = ready.config, ready.engine, RunLog(dict(ready.seconds))
+    if config.resume and checkpoint_dir is None:
+        raise ConfigurationError("resume needs checkpoint_dir: the folder with the checkpoints of the interrupted run.")
     progress = progress or _silent
-    _check_layers(config, len(engine.stream.layers))
     store = NO_CHECKPOINTS if checkpoint_dir is None else _checkpoints(Path(checkpoint_dir), ready)
     with timer("baseline"):
         baseline = _baseline(ready, progress, store, timer)
@@ -160,7 +166,7 @@ def run(ready: Prepared, *, progress: Progress | None = None, checkpoint_dir: st
         scores=scores,
         selection=selection,
         engine=EngineRecord(engine.name, leak, processes.size()),
-        warnings=tuple(ready.warnings),
+        warnings=tuple(dict.fromkeys(ready.warnings)),
         seconds=timer.seconds,
         peak_memory_bytes=peak_bytes(execution_device(ready.chat.model)),
         versions=versions(),
@@ -172,7 +178,7 @@ def run(ready: Prepared, *, progress: Progress | None = None, checkpoint_dir: st
 def _prepare(
     config: Config, chat: ChatModel | None, prompts: PromptSets | None, progress: bool, warnings: list[str]
 ) -> Prepared:
-    """Find out first whether the model can be had, since prompts may be a long download too."""
+    """Check access to the model before downloading prompts."""
     timer, given = StageTimer(), chat is not None
     if not isinstance(prompts, PromptSets | None):
         raise PromptError(f"prompts must be PromptSets(harmful_train=..., ...), not a {type(prompts).__name__}.")
@@ -186,6 +192,7 @@ def _prepare(
     with timer("model"):
         chat = chat or load(config)
         stream = ResidualStream(chat.model)
+        _check_layers(config, len(stream.layers))
         tokens = _tokens(config, chat, prompts)
         engine = _engine(config, chat, prompts, stream)
     return Prepared(config, chat, prompts, tokens, engine, given, timer.seconds, warnings)
@@ -279,10 +286,10 @@ def _inputs(chat: ChatModel, prompts: PromptSets) -> list[dict[str, Tensor]]:
 
 
 def _check_layers(config: Config, n_layers: int) -> None:
-    """Raise ConfigurationError if no layer may be selected from; for images that condition is dropped if need be."""
+    """Raise ConfigurationError if --prune_layers leaves no layer, unless the condition can be dropped."""
     if layer_limit(n_layers, config.thresholds) < 1 and not config.rules.relaxing:
         raise ConfigurationError(
-            f"--prune_layers {config.thresholds.prune_layers:g} leaves none of {n_layers} layers to choose from. Lower it."
+            f"--prune_layers {config.thresholds.prune_layers:g} leaves none of {n_layers} layers to select from. Lower it."
         )
 
 

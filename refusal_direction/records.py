@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -41,7 +42,10 @@ def model_record(chat: ChatModel, *, n_layers: int, d_model: int) -> ModelRecord
 def _quantization(config: Any) -> dict[str, Any] | None:
     """The quantisation of the weights, by a checkpoint or while they were loaded."""
     found = getattr(config, "quantization_config", None)
-    return found if found is None or isinstance(found, dict) else found.to_dict()
+    if found is None:
+        return None
+    plain: dict[str, Any] = json.loads(json.dumps(found if isinstance(found, dict) else found.to_dict(), default=str))
+    return plain
 
 
 def eoi_tokens(chat: ChatModel) -> tuple[Token, ...]:

@@ -12,7 +12,7 @@ from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from refusal_direction.candidates import CandidateLabel, Candidates
-from refusal_direction.config import Config
+from refusal_direction.config import DIFFERENCE_OF_MEANS, Config
 from refusal_direction.models.refusal_tokens import ProbabilityQuartiles, RefusalTokens
 from refusal_direction.prompts.sets import Kind, PromptSet, Split
 from refusal_direction.scoring.scores import CandidateScore, Scores
@@ -39,7 +39,7 @@ class Direction:
     position: int | None
     """The token position at which it was measured, -1 for the last of the prompt; None where it has none."""
     model_id: str
-    method: str = "difference_of_means"
+    method: str = DIFFERENCE_OF_MEANS
     """Name of the method that made it."""
 
 
@@ -83,7 +83,7 @@ class Token:
 
 @dataclass(frozen=True, eq=False)
 class PromptRecord:
-    """A set of prompts: ids and baseline, not texts."""
+    """One prompt set of a run: ids and baseline scores, without the texts."""
 
     ids: tuple[str, ...] = field(repr=False)
     """Ids of the prompts drawn."""
@@ -94,7 +94,7 @@ class PromptRecord:
     refusal: Float[Tensor, "prompt"] = field(repr=False)
     """Baseline refusal scores of the prompts drawn; NaN where not measured."""
     probability: Float[Tensor, "prompt"] = field(repr=False)
-    """Baseline probability of the refusal tokens, likewise."""
+    """Baseline probability of the refusal tokens; NaN where not measured."""
 
     @property
     def kept_ids(self) -> tuple[str, ...]:
@@ -129,7 +129,7 @@ class RunResult:
     engine: EngineRecord
     warnings: tuple[str, ...]
     seconds: Mapping[str, float]
-    """Wall time of each stage, those of an interrupted run that this one resumed included."""
+    """Wall time of each stage, including the interrupted run that was resumed."""
     peak_memory_bytes: int
     versions: Mapping[str, str | None] = field(repr=False)
     """Of Python and the packages."""
@@ -210,6 +210,7 @@ def _shortcomings(selection: SelectionResult) -> list[str]:
     """The conditions asked for that the selected candidate violates, because no candidate met them (images with text)."""
     asked = selection.conditions_asked
     words = {
+        Rejection.LAYER: f"its layer is not below {asked.layer_limit:g}",
         Rejection.KL: f"its KL is above {asked.kl_threshold:g}",
         Rejection.STEERING: f"its steering score is below {asked.induce_threshold:.2f}",
     }
@@ -237,7 +238,7 @@ def _effort(selection: SelectionResult) -> list[str]:
         return []
     share = selection.evaluations / selection.exhaustive_evaluations
     return [
-        f"Pruned search: {selection.evaluations} prompt evaluations in {selection.n_passes} passes prove the choice "
+        f"Pruned search: {selection.evaluations} prompt evaluations in {selection.n_passes} passes prove the selection "
         f"({share:.0%} of the {selection.exhaustive_evaluations} that score every candidate)."
     ]
 

@@ -143,7 +143,7 @@ def test_a_log_file_gets_a_line_now_and_then(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Within the first minute none: the test above sees no line at all."""
-    monkeypatch.setattr(cli, "_A_MINUTE", 0.0)
+    monkeypatch.setattr(cli, "_LINE_INTERVAL", 0.0)
     assert run(output=tmp_path) == 0
     lines = capsys.readouterr().err.split("\n")
     assert all(line.startswith(("Pass 1: baseline:", "Pass 2: interventions:")) for line in lines if line)

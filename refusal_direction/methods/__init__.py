@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from refusal_direction.candidates import Candidates
+from refusal_direction.config import DIFFERENCE_OF_MEANS
 from refusal_direction.errors import ConfigurationError
 from refusal_direction.methods.difference_of_means import difference_of_means
 
@@ -21,9 +22,9 @@ __all__ = ["METHODS", "Method", "check_methods", "difference_of_means", "make_ca
 
 Method = Callable[[Tensor, Tensor], Tensor]
 """From harmful [harmful, position, layer, d_model] and harmless [harmless, position, layer, d_model] activations to
-directions [position, layer, d_model]."""
+directions [position, layer, d_model], in `widest_dtype` if they are to be exact."""
 
-METHODS: dict[str, Method] = {"difference_of_means": difference_of_means}
+METHODS: dict[str, Method] = {DIFFERENCE_OF_MEANS: difference_of_means}
 """Every direction method by its name."""
 
 
@@ -42,7 +43,14 @@ def make_candidates(
 ) -> Candidates:
     """A candidate for every method, position and layer, in this order.
 
-    Raises ConfigurationError for a name that no method has.
+    Raises ConfigurationError for a name that no method has, or a method that returns another shape.
     """
     check_methods(names)
-    return Candidates.concatenate([Candidates.from_grid(METHODS[name](harmful, harmless), name) for name in names])
+    grids = {name: METHODS[name](harmful, harmless) for name in names}
+    for name, grid in grids.items():
+        if grid.shape != harmful.shape[1:]:
+            raise ConfigurationError(
+                f"methods: {name!r} returned the shape {tuple(grid.shape)}, not {tuple(harmful.shape[1:])}. A method must "
+                "return [position, layer, d_model]."
+            )
+    return Candidates.concatenate([Candidates.from_grid(grid, name) for name, grid in grids.items()])

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from refusal_direction.config import TEXT, VISION, Rules
+from refusal_direction.config import DIFFERENCE_OF_MEANS, TEXT, VISION, Rules
 from refusal_direction.errors import OutputError
 from refusal_direction.output.run_files import (
     OPTIONAL_FILES,
@@ -118,9 +118,10 @@ def _move_into_place(folder: Path) -> None:
 
 
 def load_run(folder: str | Path = "artifacts") -> RunResult:
-    """The result of the run whose files are in `folder`, its --output_dir: equal to what `extract` returned.
+    """The result of the run whose files are in `folder`, its --output_dir, with every field as `extract` returned it.
 
-    The activations of a run with --keep_activations are read when they are asked for.
+    Results compare by identity; compare their fields. The activations of a run with --keep_activations are read when they are
+    asked for.
 
     Raises OutputError if there are none, or they cannot be read.
     """
@@ -145,9 +146,9 @@ def load_direction(folder: str | Path = "artifacts") -> Direction:
             raise ValueError("refusal_direction.pt holds no vector")
         if not vector.numel() or not vector.isfinite().all():
             raise ValueError("refusal_direction.pt holds numbers that are not finite")
-        if not all(type(metadata[name]) is int for name in ("layer", "position")):
+        if type(metadata["layer"]) is not int or type(metadata["position"]) not in (int, type(None)):
             raise ValueError("its layer or position is not a whole number")
-        method = metadata.get("method", "difference_of_means")
+        method = metadata.get("method", DIFFERENCE_OF_MEANS)
         return Direction(vector, metadata["layer"], metadata["position"], metadata["model_id"], method)
 
 

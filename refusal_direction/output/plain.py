@@ -30,7 +30,7 @@ def to_plain(value: Any) -> Any:
 
 
 def from_plain(kind: Any, value: Any) -> Any:
-    """The value of a type (a dataclass, or what its fields may be) from its plain form.
+    """The value of a type (a dataclass or a supported field type) from its plain form.
 
     Raises ValueError, TypeError or LookupError where they do not fit.
     """

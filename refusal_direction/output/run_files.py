@@ -74,9 +74,9 @@ def _pickled(tensor: Tensor) -> bytes:
 
 
 def _place(label: CandidateLabel) -> dict[str, Any]:
-    """Position and layer of a candidate, and its seed if it has one."""
+    """The label of a candidate."""
     seed = {} if label.seed is None else {"seed": label.seed}
-    return {"position": label.position, "layer": label.layer, **seed}
+    return {"method": label.method, "position": label.position, "layer": label.layer, **seed}
 
 
 def _position_index(run: RunResult, label: CandidateLabel) -> int | None:
@@ -89,7 +89,6 @@ def _metadata(run: RunResult) -> dict[str, Any]:
     return {
         **_place(run.label),
         **{measure.value: selection.score.of(measure) for measure in Measure},
-        "method": run.label.method,
         "position_index": _position_index(run, run.label),
         "model_id": model.model_id,
         "revision": model.revision,
@@ -117,7 +116,6 @@ def _score_rows(run: RunResult) -> Iterator[dict[str, Any]]:
         yield {
             **_place(score.label),
             **{measure.value: score.of(measure) for measure in Measure},
-            "method": score.label.method,
             **position_index,
             "measured": {measure.value: selection.measured[measure][index] for measure in Measure},
             "dropped": selection.reasons[index],
@@ -196,14 +194,14 @@ def _per_prompt(run: RunResult) -> bytes:
 
 
 class _StoredActivations(Mapping[Kind, Tensor]):
-    """Activations in a file, each kind read when it is asked for."""
+    """Activations in a file that stays open, each kind read when it is asked for."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._file = safe_open(path, "pt")
 
     def __getitem__(self, kind: Kind) -> Tensor:
-        with safe_open(self._path, "pt") as file:
-            return file.get_tensor(kind.value)
+        tensor: Tensor = self._file.get_tensor(kind.value)  # type: ignore[no-untyped-call]
+        return tensor
 
     def __iter__(self) -> Iterator[Kind]:
         return iter(Kind)

@@ -49,6 +49,7 @@ class Checkpoints:
             forget(output_dir)
 
     def key(self, *parts: Any) -> str:
+        """The first half of the digest of the parts."""
         return digest(*parts)[:32]
 
     def load(self, key: str) -> Part | None:
@@ -76,7 +77,7 @@ class Checkpoints:
                 yield part
 
     def save(self, key: str, part: Part) -> None:
-        """Keep a finished part; a crash leaves it complete or absent. On a full disk the run goes on without."""
+        """Keep a finished part; a crash leaves it complete or absent. On a full disk the run continues without them."""
         if self._full:
             return
         tensors = {name: tensor.contiguous() for name, tensor in part.tensors.items()}
@@ -87,7 +88,7 @@ class Checkpoints:
             write_atomically(self._path(key), content)
         except OSError as error:
             self._full = True
-            log.warning("Checkpoints for --resume cannot be written (%s); the run goes on without.", error)
+            log.warning("Checkpoints for --resume cannot be written (%s); the run continues without them.", error)
 
     def _path(self, key: str) -> Path:
         return self._folder / f"{key}.safetensors"

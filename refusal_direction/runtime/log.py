@@ -1,4 +1,4 @@
-"""The record that a run keeps beside its results: warnings, the time of each stage, the largest leak."""
+"""Record of a run: warnings, the time of each stage, the largest leak."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class RunLog(StageTimer):
     def __init__(self, seconds: dict[str, float] | None = None) -> None:
         super().__init__(seconds)
         self.leak = 0.0
-        """The largest leak that the interrupted run has recorded."""
+        """Largest leak recorded by the interrupted run."""
 
     @contextmanager
     def part(self) -> Iterator[_PartRecord]:

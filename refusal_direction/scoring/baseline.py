@@ -52,7 +52,7 @@ def baseline_bytes(stream: ResidualStream, *, n_activations: int, n_positions: i
 
 
 class _Collector:
-    """Receives logits and activations of the baseline rows, a few at a time."""
+    """Receives logits and activations of the baseline rows, batch by batch."""
 
     def __init__(
         self,
@@ -109,7 +109,7 @@ def measure_baseline(
         logits_of: the prompts whose logits are kept for the KL divergence.
         tick: receives progress.
         store: holds the result of an interrupted run, and receives this one's.
-        log: records what an interrupted run has recorded.
+        log: receives the times and warnings of a resumed run.
     """
     log = log or RunLog()
     stored = store.load("baseline")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Noise", "Repeats", "perturbed"]
 
-_CANDIDATES = 8  # the most promising ones: their scores are compared with each other
+_CANDIDATES = 8  # the most promising ones, which are compared with each other
 _ROWS = 16  # for each measure
 
 

@@ -31,7 +31,7 @@ _INTERVENTIONS = tuple(Intervention)
 
 @dataclass(frozen=True, eq=False)
 class ScoringContext:
-    """Everything that the scores of candidates depend on."""
+    """Inputs of candidate scores."""
 
     engine: Engine
     tokens: Sequence[int]
@@ -104,7 +104,7 @@ def measure(
 def _run(context: ScoringContext, candidates: Candidates, rows: Sequence[Row], tick: Tick) -> Float[Tensor, "row 2"]:
     """Refusal score of each row, and KL divergence if its prompt's logits are known; gathered from all processes.
 
-    Rows that an interrupted run has finished are not run again, however it had divided them into passes, which depends on
+    Rows that an interrupted run has finished are not run again, even if it divided them into other passes, which depends on
     free memory.
     """
     engine, store = context.engine, context.store

@@ -13,7 +13,7 @@ from refusal_direction.candidates import CandidateLabel
 from refusal_direction.scoring.metrics import Measure
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float
 
 __all__ = ["CandidateScore", "ScoreRequest", "Scores"]
 
@@ -38,10 +38,12 @@ class CandidateScore:
 
     @property
     def position(self) -> int | None:
+        """The candidate's position."""
         return self.label.position
 
     @property
     def layer(self) -> int:
+        """The candidate's layer."""
         return self.label.layer
 
     def of(self, measure: Measure) -> float:
@@ -82,7 +84,7 @@ class Scores:
     @classmethod
     def unmeasured(
         cls,
-        zero: Float[Tensor, "candidate"],
+        zero: Bool[Tensor, "candidate"],
         harmful: Float[Tensor, "harmful"],
         harmless: Float[Tensor, "harmless"],
     ) -> Scores:
@@ -93,5 +95,5 @@ class Scores:
             harmful: baseline refusal scores of the harmful validation prompts.
             harmless: baseline refusal scores of the harmless ones.
         """
-        start = torch.where(zero.bool(), 0.0, torch.nan).double().unsqueeze(1)
+        start = torch.where(zero, 0.0, torch.nan).double().unsqueeze(1)
         return cls(start + harmful, start + harmless, start + torch.zeros_like(harmless))

@@ -43,7 +43,8 @@ class Conditions:
     kl_threshold: float
     """Candidates with a larger mean KL divergence are rejected."""
     induce_threshold: float
-    """Candidates with a smaller mean steering score are rejected; absolute, whatever the threshold asked for counts from."""
+    """Candidates with a smaller mean steering score are rejected; as an absolute score (the setting may count from the
+    baseline)."""
     top_k_candidates: int | None
     """Only this many of lowest KL are considered, of those that meet the conditions on layer and KL; None for all."""
     asked: Thresholds
@@ -79,7 +80,7 @@ class Conditions:
             zero: whether its length is zero.
             ahead: the number of candidates that come before it by KL.
         """
-        ranked = self.top_k_candidates is not None
+        ranked = self.relaxing
         if zero:
             yield Rejection.ZERO_LENGTH
         broken = isnan(score.ablation_refusal) or isnan(score.steering_refusal)
@@ -124,13 +125,18 @@ class Conditions:
     def reason(self, rejection: Rejection, n_layers: int) -> str:
         """A rejection in words."""
         asked = self.asked
-        steering = f"steering score < {asked.induce_threshold:g} (--induce_threshold)"
+        induce = asked.induce_threshold
+        relative = (
+            f"steering score < baseline + {induce:g} (--induce_threshold)"
+            if induce
+            else "steering score below the baseline"
+        )
         return {
             Rejection.ZERO_LENGTH: "length zero",
             Rejection.NAN: "a score is NaN",
             Rejection.LAYER: f"layer >= {layer_limit(n_layers, asked)} (--prune_layers {asked.prune_layers:g})",
             Rejection.KL: f"KL > {asked.kl_threshold:g} (--kl_threshold)",
             Rejection.RANK: "not among those of lowest KL",
-            Rejection.STEERING: "steering score below the baseline" if self.relaxing else steering,
+            Rejection.STEERING: relative if self.relaxing else f"steering score < {induce:g} (--induce_threshold)",
             Rejection.NOT_BEST: "another's ablation score is lower",
         }[rejection]

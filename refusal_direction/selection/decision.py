@@ -104,7 +104,7 @@ def explain_no_candidate(
     """The message where no candidate meets the conditions, with the nearest misses and the thresholds that they need."""
     conditions, by_rejection = decision.conditions, Counter(decision.rejections)
     if conditions.relaxing:
-        return "Every score of every candidate is NaN. Try --dtype float32."
+        return "No candidate has all of its scores: some are NaN. Try --dtype float32."
     counted = "; ".join(
         f"{count} by {conditions.reason(rejection, n_layers)}" for rejection, count in by_rejection.items() if rejection
     )

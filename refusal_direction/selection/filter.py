@@ -1,4 +1,4 @@
-"""The filter: the prompts that the model treats as it should, by their baseline refusal scores."""
+"""The filter: harmful prompts that are refused and harmless ones that are answered, by their baseline refusal scores."""
 
 from __future__ import annotations
 
