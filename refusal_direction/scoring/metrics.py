@@ -39,19 +39,19 @@ class Measure(Enum):
 
 
 def refusal_probability(logits: Float[Tensor, "row vocab"], tokens: tuple[int, ...]) -> Float[Tensor, "row"]:
-    """Summed softmax probability of the refusal tokens (paper, appendix B), in `precise`."""
+    """Summed softmax probability of the refusal tokens (paper, appendix B), in `widest_dtype`."""
     probabilities = logits.to(widest_dtype(logits.device)).softmax(-1)
     return probabilities[:, list(tokens)].sum(-1).clamp(max=1)  # in float32 rounding may bring it above
 
 
 def refusal_score(logits: Float[Tensor, "row vocab"], tokens: tuple[int, ...]) -> Float[Tensor, "row"]:
-    """log-odds of refusing, log(p + 1e-8) - log(1 - p + 1e-8) with p the `refusal_mass` (paper, appendix B): in [-18.42, 18.42]."""
+    """log-odds of refusing, log(p + 1e-8) - log(1 - p + 1e-8) with p the `refusal_probability` (paper, appendix B): in [-18.42, 18.42]."""
     p = refusal_probability(logits, tokens)
     return (p + _REFUSAL_EPS).log() - (1 - p + _REFUSAL_EPS).log()
 
 
 def kl_divergence(logits_p: Float[Tensor, "row vocab"], logits_q: Float[Tensor, "row vocab"]) -> Float[Tensor, "row"]:
-    """sum P (log(P + 1e-6) - log(Q + 1e-6)) per row, in nats, in `precise`: KL from the baseline P to Q (paper, appendix C)."""
+    """sum P (log(P + 1e-6) - log(Q + 1e-6)) per row, in nats, in `widest_dtype`: KL from the baseline P to Q (paper, appendix C)."""
     dtype = widest_dtype(logits_p.device)
     p, q = logits_p.to(dtype).softmax(-1), logits_q.to(dtype).softmax(-1)
     return (p * ((p + _KL_EPS).log() - (q + _KL_EPS).log())).sum(-1)
@@ -73,6 +73,6 @@ def kl_floor(logits_p: Float[Tensor, "row vocab"]) -> Float[Tensor, "row"]:
 
 
 def entropy(logits: Float[Tensor, "row vocab"]) -> Float[Tensor, "row"]:
-    """Entropy of the next-token distribution, in nats, in `precise`."""
+    """Entropy of the next-token distribution, in nats, in `widest_dtype`."""
     log_p = logits.to(widest_dtype(logits.device)).log_softmax(-1)
     return -(log_p.exp() * log_p).nansum(-1)  # where p is 0, log p may be -inf
