@@ -1,34 +1,37 @@
-"""What is kept of a run that has not ended, and what is not taken for it."""
+"""Checkpoints of a run that has not ended: what they hold is used again, and nothing else is taken for it."""
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
+from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from refusal_direction import ChatModel, load_chat_model
-from refusal_direction.config import Config, ModelSource
+from refusal_direction import ChatModel, PromptSets, RunResult, extract, load_chat_model, load_run
+from refusal_direction.config import Config, ModelSource, PromptSource, Thresholds
 from refusal_direction.engine import Engine
+from refusal_direction.engine.skeleton import Skeleton
+from refusal_direction.fingerprint import fingerprint
 from refusal_direction.models.refusal_tokens import RefusalTokens
-from refusal_direction.prompts.sets import Prompt
-from refusal_direction.runtime.checkpoints import Checkpoints, fingerprint
-from tests import forked
+from refusal_direction.prompts.sets import Kind, Prompt, PromptSet, Split
+from refusal_direction.runtime import log as runtime_log
+from refusal_direction.runtime.checkpoints import Checkpoints
+from refusal_direction.runtime.store import Part
+from tests.conftest import SMALL
 from tests.families import FAMILIES, build
+from tests.killed import Killed, kill_after
 from tests.problems import engine_of, make_problem, solve
 
-PART = {"a": torch.arange(6.0).view(2, 3)}
-
-
-class Killed(BaseException):
-    """Stands for kill -9: nothing may catch it."""
+PART = Part({"a": torch.arange(6.0).view(2, 3)}, seconds=1.5, leak=1e-7, warnings=("A warning.", "Another."))
 
 
 def test_a_part_is_found_again_by_its_key(tmp_path: Path) -> None:
@@ -36,7 +39,8 @@ def test_a_part_is_found_again_by_its_key(tmp_path: Path) -> None:
     again = Checkpoints(tmp_path, "same", resume=True)
     found = again.load("one")
     assert found is not None
-    assert torch.equal(found["a"], PART["a"])
+    assert torch.equal(found.tensors["a"], PART.tensors["a"])
+    assert (found.seconds, found.leak, found.warnings) == (PART.seconds, PART.leak, PART.warnings)
     assert again.load("two") is None
 
 
@@ -70,7 +74,7 @@ def test_a_broken_file_is_computed_again(tmp_path: Path, caplog: pytest.LogCaptu
     assert "computed again" in caplog.text
 
 
-@pytest.mark.parametrize("damage", ["another part's", "another number"])
+@pytest.mark.parametrize("damage", ["another part's", "another number", "another record"])
 def test_a_part_that_was_changed_is_computed_again(
     tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -79,7 +83,14 @@ def test_a_part_that_was_changed_is_computed_again(
         kept.save(key, PART)
     assert kept.load("one") is not None  # control
     one, two = sorted(tmp_path.rglob("*.safetensors"))
-    one.write_bytes(two.read_bytes() if damage == "another part's" else one.read_bytes()[:-1] + b"\0")
+    content = one.read_bytes()
+    damaged = {
+        "another part's": two.read_bytes(),
+        "another number": content[:-1] + b"\0",
+        "another record": content.replace(b"1.5", b"2.5"),
+    }[damage]
+    assert damaged != content
+    one.write_bytes(damaged)
     assert kept.load("one") is None
     assert "it is computed again" in caplog.text
 
@@ -108,11 +119,11 @@ def test_weights_that_were_trained_further_are_others() -> None:
         Config(model=ModelSource("demo")),
         RefusalTokens((7,), ("I",), "a test"),
     )
-    before = fingerprint(config, chat, [], tokens, given=True)
-    assert fingerprint(config, chat, [], tokens, given=True) == before
+    before = fingerprint(config, chat, [], tokens, hash_weights=True)
+    assert fingerprint(config, chat, [], tokens, hash_weights=True) == before
     with torch.no_grad():
         chat.model.model.layers[3].mlp.down_proj.weight *= 0.8
-    assert fingerprint(config, chat, [], tokens, given=True) != before
+    assert fingerprint(config, chat, [], tokens, hash_weights=True) != before
 
 
 @pytest.mark.parametrize("change", ["other columns", "a buffer"])
@@ -124,18 +135,20 @@ def test_a_given_model_is_known_by_all_its_parts(change: str) -> None:
     )
     wide = torch.nn.Linear(512, 512)
     chat.model.register_module("wide", wide)
-    before = fingerprint(config, chat, [], tokens, given=True)
+    before = fingerprint(config, chat, [], tokens, hash_weights=True)
     with torch.no_grad():
         if change == "a buffer":
             chat.model.model.rotary_emb.inv_freq *= 3
         else:
             wide.weight[:, 1:] *= 0.5
-    assert fingerprint(config, chat, [], tokens, given=True) != before
+    assert fingerprint(config, chat, [], tokens, hash_weights=True) != before
 
 
 def test_prompts_in_another_set_are_another_run(chat: ChatModel) -> None:
     config, tokens = Config(model=ModelSource("demo")), RefusalTokens((7,), ("I",), "a test")
-    one, other = ({"harmful_val": [0, 1], "harmless_val": [2]}, {"harmful_val": [0], "harmless_val": [1, 2]})
+    harmful, harmless = ((kind, Split.VALIDATION) for kind in Kind)
+    one: dict[PromptSet, list[int]] = {harmful: [0, 1], harmless: [2]}
+    other: dict[PromptSet, list[int]] = {harmful: [0], harmless: [1, 2]}
     assert fingerprint(config, chat, [], tokens, sets=one) != fingerprint(config, chat, [], tokens, sets=other)
 
 
@@ -164,7 +177,7 @@ def test_where_nothing_can_be_kept_the_run_goes_on_and_says_so_once(
         patch.setattr(os, "fsync", lambda file: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         kept.save("two", PART)
     kept.save("three", PART)
-    assert caplog.text.count("cannot be kept for --resume") == 1
+    assert caplog.text.count("for --resume cannot be written") == 1
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["one.safetensors"]
 
 
@@ -173,12 +186,14 @@ def test_not_even_what_is_half_written_need_be_removable(tmp_path: Path, caplog:
     kept = Checkpoints(tmp_path / "elsewhere", "same", resume=False)
     kept._folder = tmp_path / ".unfinished" / "same"
     kept.save("one", PART)
-    assert "cannot be kept for --resume" in caplog.text
+    assert "for --resume cannot be written" in caplog.text
 
 
 def test_thresholds_and_places_do_not_matter(chat: ChatModel, tmp_path: Path) -> None:
     tokens, config = RefusalTokens((7,), ("I",), "a test"), Config(model=ModelSource("demo"))
-    elsewhere = replace(config, output_dir=tmp_path, thresholds=replace(config.thresholds, kl=5.0), batch_size=3)
+    elsewhere = replace(
+        config, output_dir=tmp_path, thresholds=replace(config.thresholds, kl_threshold=5.0), batch_size=3
+    )
     assert fingerprint(config, chat, [], tokens) == fingerprint(elsewhere, chat, [], tokens)
 
 
@@ -186,11 +201,11 @@ def test_thresholds_and_places_do_not_matter(chat: ChatModel, tmp_path: Path) ->
 
 
 class Cut(Checkpoints):
-    """Dies when so many parts have been kept."""
+    """Dies when `left` parts have been kept."""
 
     left = 0
 
-    def save(self, key: str, part: Mapping[str, Tensor]) -> None:
+    def save(self, key: str, part: Part) -> None:
         if self.left == 0:
             raise Killed
         self.left -= 1
@@ -223,8 +238,8 @@ def test_resumed_scores_are_those_of_an_uninterrupted_run(tmp_path: Path, kept: 
 def test_finished_parts_are_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = make_problem()
     first = solve(small_parts(), problem, Checkpoints(tmp_path, "run", resume=False)).scores
-    monkeypatch.setattr(Engine, "baseline", lambda *_, **__: pytest.fail("sweep 1 was run again"))
-    monkeypatch.setattr(Engine, "intervene", lambda *_, **__: pytest.fail("sweep 2 was run again"))
+    monkeypatch.setattr(Engine, "baseline", lambda *_, **__: pytest.fail("pass 1 was run again"))
+    monkeypatch.setattr(Engine, "intervene", lambda *_, **__: pytest.fail("pass 2 was run again"))
     again = solve(small_parts(), problem, Checkpoints(tmp_path, "run", resume=True)).scores
     assert torch.equal(again.ablation.nan_to_num(9.0), first.ablation.nan_to_num(9.0))
     assert torch.equal(again.kl.nan_to_num(9.0), first.kl.nan_to_num(9.0))
@@ -242,7 +257,7 @@ def test_with_other_free_memory_rows_that_are_finished_are_not_run_again(
     expected = solve(small_parts(), problem).scores
     everything, ran[:] = set(ran), []
     cut = Cut(tmp_path, "run", resume=False)
-    cut.left = 3  # sweep 1, and two parts of sweep 2
+    cut.left = 3  # pass 1, and two parts of pass 2
     with pytest.raises(Killed):
         solve(small_parts(), problem, cut)
     finished = len(ran)
@@ -265,6 +280,96 @@ def test_a_run_that_fell_back_resumes_as_it_was(tmp_path: Path, monkeypatch: pyt
     again = small_parts()
     solve(again, problem, Checkpoints(tmp_path, "run", resume=True))
     assert again.name == "hooked"
+
+
+# Their record
+
+
+@dataclass
+class Clock:
+    """A clock that jumps: by 1000 s for the baseline, by 100 s for each other pass through the engine."""
+
+    ahead: float = 0.0
+
+    def perf_counter(self) -> float:
+        return time.perf_counter() + self.ahead
+
+    def run_on(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(runtime_log, "time", self)
+        for name, seconds in (("baseline", 1000.0), ("intervene", 100.0)):
+            monkeypatch.setattr(Engine, name, self._delayed(getattr(Engine, name), seconds))
+
+    def _delayed(self, own: Callable[..., None], seconds: float) -> Callable[..., None]:
+        def delayed(*args: Any, **named: Any) -> None:
+            own(*args, **named)
+            self.ahead += seconds
+
+        return delayed
+
+
+IN_PARTS = replace(SMALL, memory_budget=6 << 20)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(chat: ChatModel, prompts: PromptSets, tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    """A run in several passes, on a clock that jumps, with checkpoints."""
+    with pytest.MonkeyPatch.context() as patch:
+        Clock().run_on(patch)
+        return extract(chat, IN_PARTS, prompts=prompts, checkpoint_dir=tmp_path_factory.mktemp("whole"))
+
+
+@pytest.mark.parametrize("parts", [1, 3, None], ids=["after the baseline", "midway", "at the very end"])
+def test_a_resumed_runs_record_is_that_of_an_uninterrupted_one(
+    uninterrupted: RunResult,
+    parts: int | None,
+    chat: ChatModel,
+    prompts: PromptSets,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patch:
+        Clock().run_on(patch)
+        kill_after(parts, patch)
+        with nullcontext() if parts is None else pytest.raises(Killed):
+            extract(chat, IN_PARTS, prompts=prompts, checkpoint_dir=tmp_path)
+    with monkeypatch.context() as patch:
+        clock = Clock()
+        clock.run_on(patch)
+        found = extract(chat, replace(IN_PARTS, resume=True), prompts=prompts, checkpoint_dir=tmp_path)
+    whole = uninterrupted
+    assert clock.ahead < sum(whole.seconds.values()) - 1000  # control: the interrupted leg was not run again
+    assert whole.seconds["interventions"] > 300  # control: there are several passes
+    assert set(found.seconds) == set(whole.seconds)
+    for stage, seconds in whole.seconds.items():
+        assert found.seconds[stage] == pytest.approx(seconds, abs=60), stage
+    assert found.engine.largest_leak == pytest.approx(whole.engine.largest_leak, rel=1e-6)
+    assert found.engine.largest_leak > 0
+    assert found.warnings == whole.warnings
+    assert found.selection.rejections == whole.selection.rejections
+    for which, record in whole.prompts.items():
+        assert torch.equal(found.prompts[which].refusal.nan_to_num(9.0), record.refusal.nan_to_num(9.0))
+
+
+def test_the_reason_for_a_fallback_is_in_a_resumed_runs_record_too(
+    chat: ChatModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(
+        IN_PARTS,
+        prompts=PromptSource(n_train=4, n_val=4),
+        thresholds=Thresholds(kl_threshold=10.0, induce_threshold=-100.0),
+        memory_budget=None,
+    )
+    own = Skeleton.tail
+    with monkeypatch.context() as patch:
+        patch.setattr(Skeleton, "tail", lambda self, hidden, token: 1.01 * own(self, hidden, token))
+        whole = extract(chat, config, checkpoint_dir=tmp_path / "whole")
+        kill_after(1, patch)
+        with pytest.raises(Killed):
+            extract(chat, config, checkpoint_dir=tmp_path)
+    found = extract(chat, replace(config, resume=True), checkpoint_dir=tmp_path)
+    assert found.engine.name == whole.engine.name == "hooked"
+    assert "Plain hooked forwards are used" in "".join(whole.warnings)  # control
+    assert found.warnings == whole.warnings
 
 
 # Real runs, really killed
@@ -304,3 +409,8 @@ def test_a_killed_run_goes_on_where_it_was_and_ends_alike(tmp_path: Path) -> Non
     for name, expected in load_file(whole / "per_prompt_scores.safetensors").items():
         found = load_file(killed / "per_prompt_scores.safetensors")[name]
         assert torch.allclose(found, expected, atol=1e-5, equal_nan=True), name
+    ours, theirs = load_run(killed), load_run(whole)
+    assert ours.selection.rejections == theirs.selection.rejections
+    assert ours.warnings == theirs.warnings
+    assert ours.engine.largest_leak == pytest.approx(theirs.engine.largest_leak, rel=0.5)
+    assert ours.engine.largest_leak > 0

@@ -1,4 +1,4 @@
-"""What is said about a run before it is started."""
+"""The steps and the cost of a run, told before it is started."""
 
 from __future__ import annotations
 
@@ -8,53 +8,58 @@ from pathlib import Path
 import pytest
 import torch
 
-from refusal_direction import RunResult, cli, extract
-from refusal_direction import estimate as inspection
+from refusal_direction import RunResult, cli, estimate, extract
 from refusal_direction.candidates import Candidates
-from refusal_direction.config import Config, ModelSource, PromptSource, Thresholds
+from refusal_direction.config import PromptSource, Thresholds
 from refusal_direction.engine import Intervention, Row
 from refusal_direction.engine.skeleton import Skeleton
 from refusal_direction.estimate import Inspection, inspect, token_layers
+from refusal_direction.methods import METHODS, difference_of_means
+from refusal_direction.pipeline import Prepared, prepared
 from tests.candidates import at_layers
+from tests.conftest import SMALL
 from tests.families import D_MODEL, FAMILIES, N_LAYERS, build
 from tests.problems import engine_of, make_problem
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:transformers.*")
 
-CONFIG = Config(model=ModelSource("demo"), prompts=PromptSource(n_train=24, n_val=12))
-
 
 @pytest.fixture(scope="module")
 def found() -> Inspection:
-    return inspect(CONFIG)
+    return inspect(SMALL)
 
 
 def test_it_says_what_the_run_then_does(found: Inspection, extraction: RunResult) -> None:
     assert found.n_candidates == len(extraction.means)
-    assert found.tokens == extraction.tokens
-    assert found.engine == extraction.engine
+    assert found.tokens == extraction.refusal_tokens
+    assert found.engine == extraction.engine.name
+    assert (found.n_layers, found.d_model) == (extraction.model.n_layers, extraction.model.d_model)
     assert found.rows == {"baseline": 72, "interventions, at most": 3 * 12 * found.n_candidates}
     assert sum(count for _, count in found.writes) == found.n_layers
 
 
-def test_it_says_so_where_the_run_falls_back_in_its_first_sweep(
+def test_it_says_so_where_the_run_falls_back_in_its_first_pass(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     own = Skeleton.tail
     monkeypatch.setattr(Skeleton, "tail", lambda self, hidden, token: 1.01 * own(self, hidden, token))
-    few = replace(CONFIG, prompts=PromptSource(n_train=4, n_val=4), thresholds=Thresholds(kl=10.0, induce=-100.0))
-    assert inspect(few).engine == extract("demo", few).engine == "hooked"
+    few = replace(
+        SMALL,
+        prompts=PromptSource(n_train=4, n_val=4),
+        thresholds=Thresholds(kl_threshold=10.0, induce_threshold=-100.0),
+    )
+    assert inspect(few).engine == extract("demo", few).engine.name == "hooked"
     assert "Plain hooked forwards are used" in caplog.text
 
 
 def test_a_pruned_search_costs_at_most_what_an_exhaustive_one_does(found: Inspection) -> None:
-    pruned = inspect(replace(CONFIG, search="pruned"))
+    pruned = inspect(replace(SMALL, search="pruned"))
     assert pruned.rows == found.rows
 
 
 def test_the_estimate_is_positive_and_finite(found: Inspection) -> None:
     assert 0 < found.cost.seconds < 3600
-    assert found.cost.sweep_seconds.keys() == found.rows.keys()
+    assert found.cost.pass_seconds.keys() == found.rows.keys()
     weights = sum(weight.nbytes for weight in found.chat.model.parameters())
     assert weights < found.cost.memory < 64 << 30
 
@@ -76,12 +81,19 @@ def test_the_model_may_be_named_by_its_flag_too(capsys: pytest.CaptureFixture[st
     assert "candidates" in capsys.readouterr().out
 
 
-def test_the_vision_language_command_has_three_sweeps(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_vision_language_command_has_three_passes(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main_vlm(["inspect", "demo", "--n_train", "8", "--n_val", "8"]) == 0
     shown = capsys.readouterr().out
     assert "KL divergence" in shown
     assert "ablation and steering" in shown
     assert "the last 3 of the prompt" in shown
+
+
+def test_every_method_adds_rows(monkeypatch: pytest.MonkeyPatch, found: Inspection) -> None:
+    monkeypatch.setitem(METHODS, "reversed", lambda harmful, harmless: difference_of_means(harmless, harmful))
+    both = inspect(replace(SMALL, methods=("difference_of_means", "reversed")))
+    assert both.n_candidates == 2 * found.n_candidates
+    assert both.rows["interventions, at most"] == 2 * found.rows["interventions, at most"]
 
 
 def test_an_unknown_model_is_an_error(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -125,14 +137,14 @@ def test_token_layers_are_what_goes_through_the_layers(name: str, kinds: tuple[I
 def test_time_is_read_off_as_once_a_pass_and_each_token(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock that runs 2 s a pass and 1 ms a token and layer is found out exactly."""
 
-    def timed(ready: object, rows: list[Row], candidates: Candidates) -> float:
-        return 2.0 + 1e-3 * token_layers(ready.engine, rows, candidates)  # type: ignore[attr-defined]
+    def timed(ready: Prepared, rows: list[Row], candidates: Candidates) -> float:
+        return 2.0 + 1e-3 * token_layers(ready.engine, rows, candidates)
 
-    monkeypatch.setattr(inspection, "_timed", timed)
-    ready = inspection.prepare(CONFIG)
-    sweeps = inspection._sweeps(ready, CONFIG)
-    cost = inspection._cost(ready, sweeps, load_seconds=7.0)
-    candidates = inspection._stand_ins(ready)
-    expected = {name: 2.0 + 1e-3 * token_layers(ready.engine, rows, candidates) for name, rows in sweeps.items()}
-    assert cost.sweep_seconds == pytest.approx(expected)
+    monkeypatch.setattr(estimate, "_timed", timed)
+    with prepared("demo", SMALL) as ready:
+        passes = estimate._passes(ready)
+        cost = estimate._cost(ready, passes, load_seconds=7.0)
+        candidates = estimate._stand_ins(ready)
+        expected = {name: 2.0 + 1e-3 * token_layers(ready.engine, rows, candidates) for name, rows in passes.items()}
+    assert cost.pass_seconds == pytest.approx(expected)
     assert cost.seconds == pytest.approx(7.0 + sum(expected.values()))
