@@ -26,6 +26,7 @@ from refusal_direction.prompts.sets import Kind, Prompt, PromptSet, Split
 from refusal_direction.runtime import log as runtime_log
 from refusal_direction.runtime.checkpoints import Checkpoints
 from refusal_direction.runtime.store import Part
+from tests import forked
 from tests.conftest import SMALL
 from tests.families import FAMILIES, build
 from tests.killed import Killed, kill_after

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from refusal_direction.selection.rules import CandidateScore
 
 from refusal_direction import ChatModel, RunResult, extract
 from refusal_direction.candidates import CandidateLabel

@@ -186,7 +186,7 @@ def random_problem(rng: random.Random, *, vision: bool) -> Problem:
             kl_threshold=rng.choice((0.1, 0.1, 0.1, 0.1, 0.05, -1.0, math.inf)),
             induce_threshold=rng.choice((0.0, 0.0, 1.0, -2.0, -5.0, 19.0)),
             prune_layers=rng.choice((0.2, 0.5, 0.0, 0.95)),
-            top_k_candidates=rng.choice((1, 2, 3, 4, 4, None)) if vision else None,
+            top_k_candidates=rng.choice((1, 2, 3, 4, 4, 999)) if vision else None,
         ),
         baseline=rng.choice((0.0, -2.0)) if vision else 0.0,
         rules=VISION if vision else TEXT,

@@ -262,7 +262,7 @@ def test_candidates_that_were_not_scored_are_never_selected(caplog: pytest.LogCa
     assert select(scores, [0, 1, 2], baseline=0.0).selected == 1
     alone = select(scores, [0], baseline=0.0)
     assert alone.selected is None
-    assert "Every score of every candidate is NaN" in explain_no_candidate(scores, alone, [False] * 3, N_LAYERS)
+    assert "No candidate has all of its scores" in explain_no_candidate(scores, alone, [False] * 3, N_LAYERS)
     assert caplog.records == []
 
 
