@@ -113,6 +113,8 @@ class Thresholds:
     )
 
     def __post_init__(self) -> None:
+        for name in ("kl_threshold", "induce_threshold", "prune_layers"):
+            object.__setattr__(self, name, float(getattr(self, name)))  # a whole number is accepted too
         for name in ("kl_threshold", "induce_threshold"):
             _require(not math.isnan(getattr(self, name)), name, getattr(self, name), "a number")
         _require(0 <= self.prune_layers < 1, "prune_layers", self.prune_layers, "at least 0 and below 1")
@@ -203,6 +205,8 @@ class Config:
             raise ConfigurationError(f"refusal_tokens: give a tuple of tokens, as ({self.refusal_tokens!r},).")
         if isinstance(self.methods, str) or not self.methods:
             raise ConfigurationError(f"methods: give a tuple of names of methods, not {self.methods!r}.")
+        for name in ("refusal_tokens", "methods"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # a list is accepted too
         if self.refusal_tokens and self.calibrate_refusal:
             raise ConfigurationError("--refusal_tokens and --calibrate_refusal exclude each other: give one.")
         if self.thresholds.top_k_candidates is not None and not self.rules.images:
