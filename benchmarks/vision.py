@@ -30,7 +30,7 @@ from refusal_direction.scoring.metrics import Measure, kl_divergence, refusal_sc
 from refusal_direction.scoring.requests import request_all
 from refusal_direction.scoring.scores import Scores
 from refusal_direction.selection.conditions import Conditions
-from refusal_direction.selection.decision import decide, finalists, relax_kl
+from refusal_direction.selection.decision import decide, finalists, relax_layer_and_kl
 
 POSITIONS = 3
 BATCH = 8
@@ -150,7 +150,7 @@ class Rules:
     def considered(self, scores: Scores) -> list[int]:
         """The candidates of lowest KL."""
         means, zero = scores.means(self.candidates.labels), self.candidates.zero.tolist()
-        return finalists(means, relax_kl(means, self.conditions, zero), zero)
+        return finalists(means, relax_layer_and_kl(means, self.conditions, zero), zero)
 
     def selected(self, scores: Scores) -> int | None:
         """The candidate that they select."""

@@ -211,8 +211,6 @@ class Config:
             raise ConfigurationError("--refusal_tokens and --calibrate_refusal exclude each other: give one.")
         if self.thresholds.top_k_candidates is not None and not self.rules.images:
             raise ConfigurationError("top_k_candidates is a condition for images with text alone. Leave it out.")
-        for name in ("methods", "refusal_tokens"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.thresholds.top_k_candidates is None:
             own = replace(self.thresholds, top_k_candidates=self.rules.top_k_candidates)
             object.__setattr__(self, "thresholds", own)

@@ -410,7 +410,7 @@ def test_only_the_rules_for_images_drop_conditions() -> None:
     )  # neither has a low KL: the lowest; and that does not steer
     found, _ = pruned(vision, random.Random(0))
     assert found.best == 1
-    assert found.conditions == vision.conditions.without_kl().without_steering()
+    assert found.conditions == vision.conditions.without_layer_and_kl().without_steering()
 
 
 def test_of_those_of_lowest_kl_not_even_a_better_one_beyond_the_top_is_selected() -> None:

@@ -17,7 +17,7 @@ from refusal_direction.config import VISION, VISION_CONFIG, Config, Thresholds
 from refusal_direction.prompts.sets import Kind, PromptSet, Split
 from refusal_direction.scoring.scores import CandidateScore
 from refusal_direction.selection.conditions import Conditions, Rejection
-from refusal_direction.selection.decision import Decision, decide, explain_no_candidate, finalists, relax_kl
+from refusal_direction.selection.decision import Decision, decide, explain_no_candidate, finalists, relax_layer_and_kl
 from refusal_direction.selection.filter import filter_prompts
 
 NAN = float("nan")
@@ -58,7 +58,7 @@ def survivors(
     """The finalists by the package, after it has dropped the conditions that none of the candidates meets."""
     config = Config(rules=VISION, thresholds=replace(thresholds, top_k_candidates=top_k))
     conditions, is_zero = Conditions.of(config, N_LAYERS, 0.0), [index in zero for index in range(len(scores))]
-    return finalists(scores, relax_kl(scores, conditions, is_zero), is_zero)
+    return finalists(scores, relax_layer_and_kl(scores, conditions, is_zero), is_zero)
 
 
 def select(
@@ -268,7 +268,7 @@ def test_candidates_that_were_not_scored_are_never_selected(caplog: pytest.LogCa
 
 def test_where_every_kl_is_nan_none_is_selected_and_one_warning_given(caplog: pytest.LogCaptureFixture) -> None:
     scores = scored([NAN] * 3, ablation=[-1] * 3, steering=[1.0] * 3)
-    conditions = relax_kl(scores, Conditions.of(VISION_CONFIG, N_LAYERS, 0.0), [False] * 3)
+    conditions = relax_layer_and_kl(scores, Conditions.of(VISION_CONFIG, N_LAYERS, 0.0), [False] * 3)
     assert decide(scores, conditions, [False] * 3).rejections == (Rejection.NAN,) * 3
     assert len(caplog.messages) == 1
 

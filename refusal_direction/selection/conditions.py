@@ -114,7 +114,7 @@ class Conditions:
             induce_threshold=self.induce_threshold - by * noise[Measure.STEERING],
         )
 
-    def without_kl(self) -> Conditions:
+    def without_layer_and_kl(self) -> Conditions:
         """The conditions on layer and KL dropped."""
         return replace(self, layer_limit=inf, kl_threshold=inf)
 

@@ -11,7 +11,16 @@ from dataclasses import dataclass
 from refusal_direction.scoring.scores import CandidateScore
 from refusal_direction.selection.conditions import Conditions, Rejection, layer_limit
 
-__all__ = ["Decision", "decide", "explain_no_candidate", "finalists", "ranks", "relax_kl", "warn_kl", "warn_steering"]
+__all__ = [
+    "Decision",
+    "decide",
+    "explain_no_candidate",
+    "finalists",
+    "ranks",
+    "relax_layer_and_kl",
+    "warn_layer_and_kl",
+    "warn_steering",
+]
 
 log = logging.getLogger(__name__)
 
@@ -43,13 +52,13 @@ def finalists(scores: Sequence[CandidateScore], conditions: Conditions, zero: Se
     return [index for index in fitting if top_k is None or ahead[index] < top_k]
 
 
-def relax_kl(scores: Sequence[CandidateScore], conditions: Conditions, zero: Sequence[bool]) -> Conditions:
+def relax_layer_and_kl(scores: Sequence[CandidateScore], conditions: Conditions, zero: Sequence[bool]) -> Conditions:
     """Drop the conditions on layer and KL, with a warning, if they are relaxing and no candidate meets them."""
     dropped = conditions.layer_limit == math.inf  # by an earlier call
     if dropped or not conditions.relaxing or finalists(scores, conditions, zero):
         return conditions
-    warn_kl(conditions)
-    return conditions.without_kl()
+    warn_layer_and_kl(conditions)
+    return conditions.without_layer_and_kl()
 
 
 def decide(scores: Sequence[CandidateScore], conditions: Conditions, zero: Sequence[bool]) -> Decision:
@@ -61,7 +70,7 @@ def decide(scores: Sequence[CandidateScore], conditions: Conditions, zero: Seque
             candidate meets them.
         zero: which candidates are zero.
     """
-    conditions = relax_kl(scores, conditions, zero)
+    conditions = relax_layer_and_kl(scores, conditions, zero)
     rejections = _rejections(scores, conditions, zero)
     if conditions.relaxing and None not in rejections and Rejection.STEERING in rejections:
         warn_steering(conditions)
@@ -81,7 +90,7 @@ def _rejections(
     return [conditions.rejection(score, zero=zero[index], ahead=ahead[index]) for index, score in enumerate(scores)]
 
 
-def warn_kl(conditions: Conditions) -> None:
+def warn_layer_and_kl(conditions: Conditions) -> None:
     """Warn that no candidate meets the conditions on layer and KL, so that both are dropped."""
     log.warning(
         "No candidate has a KL of %g or less below layer %d; those of lowest KL are used.",

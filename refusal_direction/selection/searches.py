@@ -23,8 +23,8 @@ from refusal_direction.selection.decision import (
     decide,
     explain_no_candidate,
     finalists,
-    relax_kl,
-    warn_kl,
+    relax_layer_and_kl,
+    warn_layer_and_kl,
     warn_steering,
 )
 from refusal_direction.selection.pruned.planner import Hints
@@ -131,7 +131,7 @@ def _kl_first(run: _Run) -> _Outcome:
     """The published rule for images with text: the KL of all candidates, then the rest for those of lowest KL."""
     run.passes.run("Pass 2: KL divergence", request_all(run.context, [Measure.KL]))
     means = run.passes.means()
-    conditions = relax_kl(means, run.conditions, run.zero)
+    conditions = relax_layer_and_kl(means, run.conditions, run.zero)
     considered = finalists(means, conditions, run.zero)
     rest = request_all(run.context, [Measure.ABLATION, Measure.STEERING], considered)
     run.passes.run("Pass 3: ablation and steering", rest)
@@ -159,7 +159,7 @@ def _pruned(run: _Run) -> _Outcome:
     if found.conditions.layer_limit != run.conditions.layer_limit or (
         found.conditions.kl_threshold != run.conditions.kl_threshold
     ):
-        warn_kl(run.conditions)
+        warn_layer_and_kl(run.conditions)
     if found.conditions.induce_threshold != run.conditions.induce_threshold:
         warn_steering(run.conditions)
     ruled_out = (Rejection.ZERO_LENGTH, Rejection.NAN, Rejection.LAYER, Rejection.RANK)

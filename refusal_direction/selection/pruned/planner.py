@@ -101,12 +101,12 @@ class _Forecast:
         self._gains: list[list[float]] = (cautious - floors).clamp_min(0).tolist()  # expected rise of the bounds
         self._bounds: list[float] = torch.where(known, costs, floors).sum(1).tolist()
         self._known: list[list[bool]] = known.tolist()
-        self._telling = shape.argsort(descending=True, stable=True).tolist()
+        self._informative = shape.argsort(descending=True, stable=True).tolist()
 
     def rest(self, candidate: int) -> list[ScoreRequest]:
         """Requests for the scores of a candidate not measured yet, the most telling prompts first."""
         known = self._known[candidate]
-        return [ScoreRequest(candidate, self.measure, prompt) for prompt in self._telling if not known[prompt]]
+        return [ScoreRequest(candidate, self.measure, prompt) for prompt in self._informative if not known[prompt]]
 
     def towards(self, candidate: int, limit: float, least: int) -> list[ScoreRequest] | None:
         """The requests, at least `least` of them, that are likely to raise the bound of a candidate's mean above a limit.

@@ -97,7 +97,7 @@ def _relax(verdicts: Verdicts) -> tuple[Conditions, list[ScoreRequest]] | None:
     if fitting.any():  # rejected for another reason, but it matters whether they meet the condition on KL
         return conditions, _all_kl(table, fitting & ~known)
     if min(conditions.kl_threshold, conditions.layer_limit) < inf:
-        return conditions.without_kl(), _all_kl(table, ~torch.tensor(verdicts.space.zero))
+        return conditions.without_layer_and_kl(), _all_kl(table, ~torch.tensor(verdicts.space.zero))
     return None
 
 
