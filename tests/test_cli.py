@@ -209,7 +209,7 @@ def test_calibration_is_recorded(tmp_path: Path):
     [
         (["--batch_size", "0"], "--batch_size 0: must be at least 1"),
         (["--prune_layers", "1.5"], "--prune_layers 1.5: must be"),
-        (["--prune_layers", "0.99"], "--prune_layers 0.99 leaves none of 8 layers to choose from"),
+        (["--prune_layers", "0.99"], "--prune_layers 0.99 leaves none of 8 layers to select from"),
         (["--n_train", "100000"], "were asked for"),
         (["--harmful", "none.txt", "--harmless", "none.txt"], "none.txt: no such file"),
         (["--refusal_tokens", "zyxwvut"], "is not one token of demo"),
@@ -368,7 +368,10 @@ def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path):
 # Really fresh processes
 
 
-@pytest.mark.parametrize("command", [["extract_refusal_direction.py"], ["-m", "refusal_direction"]])
+@pytest.mark.parametrize(
+    "command",
+    [["extract_refusal_direction.py"], pytest.param(["-m", "refusal_direction"], marks=pytest.mark.extended)],
+)
 def test_every_way_of_starting_it_works_and_is_quiet(command: list[str], tmp_path: Path):
     done = subprocess.run(
         [sys.executable, *command, *FEW, "--output_dir", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
@@ -378,6 +381,7 @@ def test_every_way_of_starting_it_works_and_is_quiet(command: list[str], tmp_pat
     assert {path.name for path in tmp_path.iterdir()} == set(file_names(TEXT))
 
 
+@pytest.mark.extended
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no shell to close it")
 def test_a_closed_output_is_no_error(tmp_path: Path):
     command = [sys.executable, SCRIPT, *FEW, "--output_dir", str(tmp_path)]
@@ -385,6 +389,7 @@ def test_a_closed_output_is_no_error(tmp_path: Path):
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+@pytest.mark.extended
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no shell to close it")
 def test_closed_messages_are_no_error(tmp_path: Path):
     command = [sys.executable, SCRIPT, *FEW, "--output_dir", str(tmp_path)]

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -20,7 +17,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from refusal_direction import ChatModel, PromptSets, RunResult, extract, load_chat_model, load_run, load_vision_model
+from refusal_direction import (
+    ChatModel,
+    PromptSets,
+    RefusalDirectionError,
+    RunResult,
+    extract,
+    load_chat_model,
+    load_run,
+    load_vision_model,
+)
 from refusal_direction.config import TEXT, VISION_CONFIG, Config, PromptSource, Thresholds
 from refusal_direction.errors import OutputError
 from refusal_direction.methods import METHODS, difference_of_means
@@ -139,33 +145,18 @@ def test_the_comparison_sees_every_kind_of_difference(extraction: RunResult, cha
 
 # The table
 
-WITHOUT_A_MODEL = """
-import sys, torch
-from refusal_direction import RefusalDirectionError, load_chat_model, load_run
 
-def fail(*args, **named):
-    raise AssertionError("a model was made")
-
-torch.nn.Module.__init__ = torch.nn.Module.__call__ = fail
-print(load_run(sys.argv[1]))
-try:
-    load_chat_model("demo")
-except RefusalDirectionError as error:
-    print("a model was made" in str(error))
-"""
-
-
-def test_the_table_needs_no_model(extraction: RunResult, tmp_path: Path) -> None:
+def test_the_table_needs_no_model(extraction: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     artifacts.write(extraction, tmp_path)
-    shown = subprocess.run(
-        [sys.executable, "-c", WITHOUT_A_MODEL, str(tmp_path)],
-        check=True,
-        capture_output=True,
-        cwd=Path(__file__).parent.parent,
-        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
-        timeout=120,
-    )
-    assert shown.stdout.decode() == f"{extraction}\nTrue\n"  # the last line is the control
+
+    def fail(*args: object, **named: object) -> None:
+        raise AssertionError("a model was made")
+
+    monkeypatch.setattr(torch.nn.Module, "__init__", fail)
+    monkeypatch.setattr(torch.nn.Module, "__call__", fail)
+    assert str(load_run(tmp_path)) == str(extraction)
+    with pytest.raises(RefusalDirectionError, match="a model was made"):  # control
+        load_chat_model("demo")
 
 
 def test_printing_a_loaded_run_shows_the_very_table(
@@ -199,11 +190,8 @@ def test_stored_activations_are_read_one_kind_at_a_time(
 ) -> None:
     artifacts.write(kept, tmp_path)
     loaded = load_run(tmp_path)
-    (tmp_path / "activations.safetensors").rename(tmp_path / "elsewhere")
-    assert loaded.activations is not None
-    with pytest.raises(FileNotFoundError):  # control: nothing was read before
-        loaded.activations[Kind.HARMFUL]
-    (tmp_path / "elsewhere").rename(tmp_path / "activations.safetensors")
+    artifacts.write(replace(kept, activations={kind: 2 * kept.activations[kind] for kind in Kind}), tmp_path)
+    assert loaded.activations is not None  # and its file stays open: another run in the folder does not change it
     assert list(loaded.activations) == list(Kind)
     assert_same(kept.activations, loaded.activations)
 

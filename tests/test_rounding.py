@@ -236,7 +236,7 @@ def test_ties_are_named_in_the_metadata_and_at_the_end_of_the_run(extraction: Ru
     artifacts.write(same, tmp_path)
     metadata = json.loads((tmp_path / "direction_metadata.json").read_text())
     score = extraction.means[index]
-    assert metadata["ties"] == [{"position": score.position, "layer": score.layer}]
+    assert metadata["ties"] == [{"method": "difference_of_means", "position": score.position, "layer": score.layer}]
     assert 0 < metadata["rounding"]["ablation_refusal"] < 1e-4
     assert f"position {score.position}, layer {score.layer}. Another precision" in str(same)
 

@@ -13,7 +13,7 @@ from refusal_direction.demo import vision
 from refusal_direction.demo.vision.icons import DANGEROUS, HARMLESS
 from refusal_direction.demo.vision.pairs import KINDS, pairs
 from refusal_direction.models.loading import load_vision_model
-from refusal_direction.prompts import Prompt
+from refusal_direction.prompts import Kind, Prompt, Split
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:transformers.*")
 
@@ -63,7 +63,7 @@ def test_selection_needs_no_fallback(found: RunResult):
     score = found.selection.score
     assert found.warnings == ()
     assert score.kl_div <= 0.1
-    assert score.steering_refusal >= float(found.baseline.refusal[found.kept["harmless_val"]].mean())
+    assert score.steering_refusal >= float(found.prompts[Kind.HARMLESS, Split.VALIDATION].kept_refusal.mean())
     assert score.layer < int(8 * 0.8)
 
 
