@@ -396,6 +396,7 @@ def kill_after_one_more_part(output: Path, *flags: str, delay: float) -> None:
     run.wait()
 
 
+@pytest.mark.extended  # as the tests of a run that a part ends, but by a signal and through the command line
 def test_a_killed_run_goes_on_where_it_was_and_ends_alike(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert forked.run(arguments(whole)).returncode == 0

@@ -156,7 +156,10 @@ def random_problem(rng: random.Random, rules: Rules, top_k: int | None = None) -
     )
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.02, 0.05])
+@pytest.mark.parametrize(
+    "noise",
+    [0.02, pytest.param(0.0, marks=pytest.mark.extended), pytest.param(0.05, marks=pytest.mark.extended)],
+)
 def test_a_pruned_search_finds_the_same_ties_as_an_exhaustive_one(
     noise: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:

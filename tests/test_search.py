@@ -194,7 +194,7 @@ def random_problem(rng: random.Random, *, vision: bool) -> Problem:
 
 
 @pytest.mark.parametrize("vision", [False, True])
-@pytest.mark.parametrize("block", range(4))
+@pytest.mark.parametrize("block", [0, *(pytest.param(block, marks=pytest.mark.extended) for block in (1, 2, 3))])
 def test_it_selects_what_exhaustive_selection_selects(
     vision: bool, block: int, caplog: pytest.LogCaptureFixture
 ) -> None:

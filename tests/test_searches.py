@@ -342,7 +342,7 @@ class Killed(BaseException):
     """Stands for kill -9: nothing may catch it."""
 
 
-@pytest.mark.parametrize("search", ["exhaustive", "pruned"])
+@pytest.mark.parametrize("search", [pytest.param("exhaustive", marks=pytest.mark.extended), "pruned"])
 def test_a_run_that_was_cut_off_goes_on_to_the_same_end(
     chat: ChatModel, search: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
