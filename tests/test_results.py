@@ -66,7 +66,7 @@ def kept(chat: ChatModel, prompts: PromptSets) -> RunResult:
     return extract(chat, replace(SMALL, keep_activations=True), prompts=prompts)
 
 
-def read_back(run: RunResult) -> None:
+def assert_read_back_alike(run: RunResult) -> None:
     """Assert that a run is the same after a detour through files."""
     with TemporaryDirectory() as folder:
         artifacts.write(run, folder)
@@ -110,13 +110,13 @@ def vision_configs(draw: Any) -> Config:
 @settings(max_examples=6)
 @given(config=text_configs())
 def test_load_run_gives_back_what_extract_returned(config: Config) -> None:
-    read_back(extract(demo(images=False), config))
+    assert_read_back_alike(extract(demo(images=False), config))
 
 
 @settings(max_examples=5)
 @given(config=vision_configs())
 def test_load_run_gives_back_a_run_on_images_with_text(config: Config) -> None:
-    read_back(extract(demo(images=True), config))
+    assert_read_back_alike(extract(demo(images=True), config))
 
 
 def test_a_resumed_run_is_given_back_too(chat: ChatModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +124,7 @@ def test_a_resumed_run_is_given_back_too(chat: ChatModel, tmp_path: Path, monkey
         kill_after(1, patch)
         with pytest.raises(Killed):
             extract(chat, FEW, checkpoint_dir=tmp_path)
-    read_back(extract(chat, replace(FEW, resume=True), checkpoint_dir=tmp_path))
+    assert_read_back_alike(extract(chat, replace(FEW, resume=True), checkpoint_dir=tmp_path))
 
 
 @pytest.mark.parametrize("changed", ["a score", "a rejection", "a type", "a key", "a NaN"])
