@@ -208,6 +208,7 @@ def _engine(config: Config, chat: ChatModel, prompts: PromptSets, stream: Residu
         memory=config.memory_budget,
         reserved_bytes=baseline_bytes(stream, n_activations=n_train, n_positions=chat.n_positions, n_logits=n_logits),
         observed_tokens=chat.n_positions,
+        keep=search_name(config) != "exhaustive",
     )
 
 

@@ -110,9 +110,16 @@ def make_problem(seed: int = 0, *, n_train: int = 5, n_val: int = 4, opening: Se
 
 
 def engine_of(
-    model: PreTrainedModel, problem: Sets[Any], batch_size: int | None = None, observed_tokens: int | None = N_POSITIONS
+    model: PreTrainedModel,
+    problem: Sets[Any],
+    batch_size: int | None = None,
+    observed_tokens: int | None = N_POSITIONS,
+    *,
+    keep: bool = False,
 ) -> Engine:
-    return Engine(ResidualStream(model), problem.inputs, batch_size=batch_size, observed_tokens=observed_tokens)
+    return Engine(
+        ResidualStream(model), problem.inputs, batch_size=batch_size, observed_tokens=observed_tokens, keep=keep
+    )
 
 
 def solve(engine: Engine, problem: Sets[Any], store: CheckpointStore = NO_CHECKPOINTS) -> Answer:

@@ -58,6 +58,8 @@ class Budget:
         self._widest = max(_width(module) for layer in layers for module in layer.modules())
         self._vocab = model.config.get_text_config().vocab_size
         self._shrunk = 1.0
+        self.kept_bytes = 0
+        """Most bytes for rows kept from one pass for the next (`engine.kept`)."""
         self.hidden_bytes = 0
         """Most bytes for the hidden states of all rows under way."""
         self.reserve(0)
@@ -83,6 +85,7 @@ class Budget:
         most_hidden = memory // 3 if is_offloaded(self._model) else min(memory // 4, _HIDDEN_BYTES)
         most_hidden = most_hidden if self._memory is None else memory // 2
         self.hidden_bytes = min(most_hidden, self._bytes_of_a_pass(device))
+        self.kept_bytes = memory // 20  # while it is extended, twice as much
         if device.type == "cpu":
             keep_freed(self._tokens * a_token)
 

@@ -47,6 +47,7 @@ class Engine:
         reserved_bytes: bytes of `memory` reserved for the caller's results.
         observed_tokens: number of last tokens that observers of the baseline read; None: all of them, and then no shared
             prefix is run separately.
+        keep: whether later passes return to the same interventions and prompts (`LayerMajor`).
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Engine:
         memory: int | None = None,
         reserved_bytes: int = 0,
         observed_tokens: int | None = None,
+        keep: bool = False,
     ) -> None:
         self.stream, self.prompts = stream, prompts
         self.budget = Budget(
@@ -72,7 +74,7 @@ class Engine:
             self._batched = self._can_batch()
             try:
                 self._runner = LayerMajor(
-                    stream, prompts, self.budget, observed_tokens=observed_tokens, batched=self._batched
+                    stream, prompts, self.budget, observed_tokens=observed_tokens, batched=self._batched, keep=keep
                 )
             except UnsupportedModelError as error:
                 self._fall_back(str(error))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from refusal_direction.directions import ablate, residual_component
 from refusal_direction.engine.arguments import batch_axes, concatenate, take_rows
 from refusal_direction.engine.budget import Budget, halving, must_fit
 from refusal_direction.engine.interventions import ResidualStream
+from refusal_direction.engine.kept import KeptRows
 from refusal_direction.engine.protocol import Consume, Observe, Tick, silent
 from refusal_direction.engine.residency import resident
 from refusal_direction.engine.rows import Intervention, LengthGroup, Row, Tables, lay_out
@@ -32,6 +34,11 @@ __all__ = ["LayerMajor"]
 
 _PREFIX = -1
 """Stands for the shared prefix in the place of a prompt's index."""
+
+
+def _on_prefix(row: Row | None) -> Row:
+    """The row of the shared prefix that serves a row; None stands for a baseline row."""
+    return Row(_PREFIX) if row is None else replace(row, prompt=_PREFIX)
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,8 @@ class LayerMajor:
         budget: limits on the rows that go through a layer at once, and on the memory of hidden states.
         observed_tokens: number of last tokens of a prompt that observers read; None: all of them.
         batched: whether prompts can be embedded in one batch (`Skeleton.embeds_independently`).
+        keep: whether later passes return to the same interventions and prompts, so that prefix rows and branch points are
+            kept for them, as far as memory allows.
 
     Raises UnsupportedModelError if layers share mutable state or take arguments that cannot be followed; the caller
     then falls back to hooked forwards.
@@ -68,8 +77,10 @@ class LayerMajor:
         *,
         observed_tokens: int | None = None,
         batched: bool = True,
+        keep: bool = False,
     ) -> None:
         self.stream, self.skeleton, self.budget, self._batched = stream, stream.skeleton, budget, batched
+        self._keep = keep
         self.prompts = prompts
         self.leak = 0.0
         """Largest `residual_component` of an ablated row at a layer's output so far."""
@@ -84,6 +95,8 @@ class LayerMajor:
             self._groups = [self._embed(members) for members in by_shape.values()]
             if self._prefix is not None:
                 self._groups.append(_PromptGroup([_PREFIX], self.skeleton.prelude(self._prefix.inputs())))
+        self._kept_for: Candidates | None = None
+        self._branch_points: list[KeptRows[int]] = [KeptRows() for _ in self._groups]
         budget.reserve(sum(group.prelude.nbytes for group in self._groups))
         self._token_wise: nn.Module | None = None
         self._looked = False  # for a token-wise child in the last layer
@@ -155,10 +168,12 @@ class LayerMajor:
         Returns the reference prompt's logits (vocab,) by the model's own forward; None without a reference prompt.
         """
         tables = Tables.of(candidates, self._groups[0].prelude.hidden)
+        self._forget_unless(candidates)
         reference_logits = None
         for some in self.passes(rows):
-            length_groups = list(lay_out(some, self._places, candidates, tables=tables))
-            prefix_group = self._prefix_group(some, length_groups, candidates, tables)
+            length_groups = self._lay_out(some, candidates, tables)
+            prefix_group = self._prefix_group(length_groups, candidates, tables)
+            self._begin_keeping(length_groups, prefix_group)
             step = self._step(length_groups, prefix_group, observe, tick)
             with self.skeleton.held:  # layers kept in memory since the probes are released after the first pass
                 if reference_prompt is not None and reference_logits is None:
@@ -167,8 +182,41 @@ class LayerMajor:
                     for index in range(len(self.stream.layers)):
                         with resident(self.stream.layers[index]):
                             step(index)
+            for kept in self._all_kept():
+                kept.commit()
             self._finish(length_groups, consume)
         return reference_logits
+
+    def _lay_out(self, rows: Sequence[Row], candidates: Candidates | None, tables: Tables) -> list[LengthGroup]:
+        return list(lay_out(rows, self._places, candidates, tables=tables, kept=self._branch_points))
+
+    def _all_kept(self) -> list[KeptRows[Any]]:
+        return [*self._branch_points, *([] if self._prefix is None else [self._prefix.kept])]
+
+    def _forget_unless(self, candidates: Candidates | None) -> None:
+        """Forget what earlier passes kept, unless they had the same candidates."""
+        if candidates is not self._kept_for:
+            self._kept_for = candidates
+            self._branch_points = [KeptRows() for _ in self._groups]
+            if self._prefix is not None:
+                self._prefix.kept = KeptRows()
+
+    def _begin_keeping(self, length_groups: list[LengthGroup], prefix_group: LengthGroup | None) -> None:
+        """Choose the rows of this pass to keep: branch points, then prefix rows, as far as memory allows."""
+        free = self.budget.kept_bytes - sum(kept.nbytes for kept in self._all_kept()) if self._keep else 0
+        for group in length_groups if prefix_group is None else [*length_groups, prefix_group]:
+            row_bytes = self._groups[group.group].prelude.hidden[0].nbytes * len(self.stream.layers)
+            first = group.n_baseline
+            own = [
+                self._groups[group.group].prompts[place]
+                for place in group.places[first : first + group.n_branch_points]
+            ]
+            chosen = own[: max(0, free) // row_bytes]
+            self._branch_points[group.group].begin(chosen)
+            free -= len(chosen) * row_bytes
+        if self._prefix is not None:
+            rows = [] if prefix_group is None else [_on_prefix(row) for row in prefix_group.rows]
+            self._prefix.kept.begin(rows[: max(0, free) // self._prefix.row_bytes])
 
     def passes(self, rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
         """The rows of each pass over the weights, in order."""
@@ -185,18 +233,19 @@ class LayerMajor:
         ]
 
     def _prefix_group(
-        self, rows: Sequence[Row], length_groups: list[LengthGroup], candidates: Candidates | None, tables: Tables
+        self, length_groups: list[LengthGroup], candidates: Candidates | None, tables: Tables
     ) -> LengthGroup | None:
-        """Lay out the shared prefix, one row an intervention, and give every other row the index of its prefix row."""
+        """Lay out the shared prefix, one row for each intervention of which none is kept, and tell every other row its own."""
         if self._prefix is None:
             return None
-        distinct = dict.fromkeys(replace(row, prompt=_PREFIX) for row in rows)
-        (prefix_group,) = lay_out(list(distinct), self._places, candidates, tables=tables)
-        place = {row: index for index, row in enumerate(prefix_group.rows)}
-        baseline = 0  # a baseline row that was not asked for comes first, too
-        for other in length_groups:
-            own = (None if row is None else place[replace(row, prompt=_PREFIX)] for row in other.rows)
-            other.prefix_rows = torch.tensor([baseline if index is None else index for index in own])
+        own = {group.group: [_on_prefix(row) for row in group.rows] for group in length_groups}
+        kept = self._prefix.kept
+        new = [row for row in dict.fromkeys(chain(*own.values())) if row not in kept.places]
+        prefix_group = next(iter(self._lay_out(new, candidates, tables)), None)
+        rows = [] if prefix_group is None else prefix_group.rows
+        place = {**{_on_prefix(row): kept.count + index for index, row in enumerate(rows)}, **kept.places}
+        for group in length_groups:
+            group.prefix_rows = torch.tensor([place[row] for row in own[group.group]])
         return prefix_group
 
     def _alongside(self, prompt: int, step: Callable[[int], None]) -> Tensor:
@@ -229,9 +278,10 @@ class LayerMajor:
         """A function that runs one layer on all rows that are under way there, the shared prefix first."""
 
         def step(index: int) -> None:
-            if prefix_group is not None and self._prefix is not None:
+            if prefix_group is not None:
                 self._through_layer(prefix_group, index, None, silent)
-                self._prefix.publish()
+            if self._prefix is not None:
+                self._prefix.publish(index, 0 if prefix_group is None else len(prefix_group.rows))
             for length_group in length_groups:
                 self._through_layer(length_group, index, observe, tick)
 

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from refusal_direction.engine.kept import KeptRows
 from refusal_direction.engine.residency import resident
+from refusal_direction.engine.rows import Row
 from refusal_direction.models.writes import kind_of
 
 if TYPE_CHECKING:
@@ -82,6 +84,9 @@ class Prefix:
     def __init__(self, ids: Int[Tensor, "1 token"], skeleton: Skeleton) -> None:
         self.ids = ids
         self._own, self._remainder = _PrefixCache(), _RemainderCache(ids.shape[1], len(skeleton.layers))
+        self._n_layers = len(skeleton.layers)
+        self.kept: KeptRows[Row] = KeptRows()
+        """Keys and values of prefix rows of earlier passes."""
         takes_cache = "cache" in inspect.signature(skeleton.model.forward).parameters
         self._argument = "cache" if takes_cache else "past_key_values"  # an older name
 
@@ -106,11 +111,23 @@ class Prefix:
         else:
             self._remainder.prefix_rows = prefix_rows[rows]
 
-    def publish(self) -> None:
-        """Give the other rows the keys and values of the prefix rows, once those are through a layer."""
+    def publish(self, layer: int, n_rows: int) -> None:
+        """Give the other rows the keys and values of the prefix rows, once those are through a layer.
+
+        Args:
+            layer: index of the layer.
+            n_rows: number of prefix rows of this pass; the last ones may not have entered yet.
+        """
         microbatches = [self._own.recorded[begin] for begin in sorted(self._own.recorded)]
-        self._remainder.prefix = tuple(torch.cat(side) for side in zip(*microbatches, strict=True))
+        own = (torch.cat(side) for side in zip(*microbatches, strict=True))
+        padded = (torch.cat([side, side.new_zeros(n_rows - len(side), *side.shape[1:])]) for side in own)
+        self._remainder.prefix = self.kept.joined(layer, tuple(padded))
         self._own.recorded.clear()
+
+    @property
+    def row_bytes(self) -> int:
+        """Memory of the keys and values of one row in all layers, after a trial of one row."""
+        return self._n_layers * sum(side[0].nbytes for side in self._remainder.prefix)
 
 
 def find_prefix(skeleton: Skeleton, prompts: Sequence[Mapping[str, Tensor]], spared: int) -> Prefix | None:
@@ -145,7 +162,7 @@ def _unchanged_by(skeleton: Skeleton, prefix: Prefix, inputs: Mapping[str, Tenso
                 expected = _output(skeleton, index, whole)
                 prefix.select(None, slice(0, 1))
                 first = _output(skeleton, index, opening)
-                prefix.publish()
+                prefix.publish(index, 1)
                 prefix.select(one, slice(0, 1))
                 found = torch.cat([first, _output(skeleton, index, rest)], dim=1)
                 same = same and _close(expected, found)
