@@ -95,6 +95,7 @@ def _inspect(config: Config) -> None:
         return
     from refusal_direction.estimate import inspect
 
+    print("Loading the model, then timing a few rows for about 15 s ...", file=sys.stderr, flush=True)
     _show(str(inspect(config)))
 
 

@@ -1,16 +1,18 @@
 """The steps of a run and its cost on this machine, before it is started.
 
-The cost is measured, not looked up: a few rows go through the engine as the run's would, then three times as many, and the
-difference gives the cost of a token in a layer. The rest of the first is paid once a pass, like reading weights from disk.
+The cost is measured, not looked up: a few rows go through the engine as the run's would, then four times as many, and so
+on for a few seconds. The last two give the cost of a token in a layer, and what is paid once a pass, like reading weights
+from disk. How many prompts the filter will keep is estimated from the baseline of a few, which makes the cost a range.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
+from math import ceil, sqrt
 from statistics import median_low
 
 import torch
@@ -30,7 +32,21 @@ from refusal_direction.scoring.requests import MEASURED_ON
 
 __all__ = ["Cost", "Inspection", "inspect", "token_layers"]
 
-_MICROBATCHES = (2, 6)
+_LONG_ENOUGH = 2.0
+"""Seconds of the last sample that is timed, at least: the next one would be four times as long."""
+_MOST_MICROBATCHES = 6
+_SAMPLED_PROMPTS = 16
+"""Prompts of each kind whose baseline shows how many the filter keeps."""
+_Z = 1.28
+"""Of the interval of that share: it covers 80%."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """An estimate between two bounds."""
+
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -39,15 +55,18 @@ class Cost:
 
     load_seconds: float
     """Measured: the model has been loaded."""
-    pass_seconds: dict[str, float]
-    """Estimated, for each pass over the weights."""
+    pass_seconds: dict[str, Range]
+    """Estimated, for each pass over the weights: by how many prompts the filter keeps."""
     memory: int
     """Estimated peak in bytes, including weights held in memory."""
 
     @property
-    def seconds(self) -> float:
+    def seconds(self) -> Range:
         """Of the whole run."""
-        return self.load_seconds + sum(self.pass_seconds.values())
+        passes = self.pass_seconds.values()
+        return Range(
+            self.load_seconds + sum(each.low for each in passes), self.load_seconds + sum(each.high for each in passes)
+        )
 
 
 @dataclass(frozen=True)
@@ -66,7 +85,9 @@ class Inspection:
     shared: int
     """Number of tokens with which all prompts begin, run once for each intervention."""
     rows: dict[str, int]
-    """Rows of each pass, if the filter keeps every prompt."""
+    """Rows of each pass, if the filter keeps as many prompts as it may."""
+    kept: Mapping[Kind, Range]
+    """Estimated number of validation prompts that the filter keeps."""
     cost: Cost
 
     @property
@@ -84,10 +105,12 @@ def inspect(config: Config) -> Inspection:
     Raises every RefusalDirectionError that `extract` raises before the first pass.
     """
     with prepared(config.model.model_id, config) as ready:
-        ready.engine.rehearse()
+        kept = _kept(ready, _sampled_refusal(ready))
         stream = ready.engine.stream
         sites = Counter(tuple(site.module for site in layer) for layer in stream.writes)
-        passes = _passes(ready)
+        fewest, most = (
+            _passes(ready, {kind: round(getattr(kept[kind], bound)) for kind in Kind}) for bound in ("low", "high")
+        )
         return Inspection(
             config=config,
             chat=ready.chat,
@@ -98,9 +121,50 @@ def inspect(config: Config) -> Inspection:
             n_layers=len(stream.layers),
             d_model=stream.skeleton.d_model,
             shared=ready.engine.shared,
-            rows={name: len(rows) for name, rows in passes.items()},
-            cost=_cost(ready, passes, sum(ready.seconds.values())),
+            rows={name: len(rows) for name, rows in most.items()},
+            kept=kept,
+            cost=_cost(ready, fewest, most, load_seconds=sum(ready.seconds.values())),
         )
+
+
+def _sampled_refusal(ready: Prepared) -> dict[Kind, list[float]]:
+    """Baseline refusal scores of a few prompts of each kind, spread over train and validation prompts.
+
+    They run as the first pass would run them, which also shows which runner the model needs.
+    """
+    indices = ready.prompts.indices()
+    sampled = {}
+    for kind in Kind:
+        members = [*indices[kind, Split.TRAIN], *indices[kind, Split.VALIDATION]]
+        sampled[kind] = members[:: ceil(len(members) / _SAMPLED_PROMPTS)]
+    found: dict[int, float] = {}
+
+    def consume(rows: list[Row], logits: Tensor) -> None:
+        scores = refusal_score(logits, ready.tokens.ids).tolist()
+        found.update(zip((row.prompt for row in rows), scores, strict=True))
+
+    prompts = [*dict.fromkeys([*sampled[Kind.HARMFUL], *sampled[Kind.HARMLESS], *ready.engine.same_shape(4)])]
+    ready.engine.baseline(consume, lambda layer, rows, hidden: None, prompts=prompts)
+    return {kind: [found[prompt] for prompt in members] for kind, members in sampled.items()}
+
+
+def _kept(ready: Prepared, refusal: Mapping[Kind, Sequence[float]]) -> dict[Kind, Range]:
+    """The number of validation prompts of each kind that the filter keeps, estimated from a few baseline scores."""
+    kept = {}
+    for kind, scores in refusal.items():
+        asked = len(ready.prompts[kind, Split.VALIDATION])
+        fitting = sum(score > 0 if kind is Kind.HARMFUL else score < 0 for score in scores)
+        share = Range(1.0, 1.0) if ready.config.skip_filter else _wilson(fitting, len(scores))
+        least = min(ready.config.rules.minimum_prompts, asked)
+        kept[kind] = Range(max(least, asked * share.low), max(least, asked * share.high))
+    return kept
+
+
+def _wilson(successes: int, n: int) -> Range:
+    """The Wilson score interval of a share."""
+    share, z2 = successes / n, _Z**2
+    middle, half = share + z2 / (2 * n), _Z * sqrt(share * (1 - share) / n + z2 / (4 * n**2))
+    return Range((middle - half) / (1 + z2 / n), (middle + half) / (1 + z2 / n))
 
 
 def _stand_ins(ready: Prepared) -> Candidates:
@@ -111,8 +175,9 @@ def _stand_ins(ready: Prepared) -> Candidates:
     return Candidates.concatenate(grids)
 
 
-def _passes(ready: Prepared) -> dict[str, list[Row]]:
-    """The rows of each pass, if every prompt passes the filter (and, for images, a middle layer every condition on KL)."""
+def _passes(ready: Prepared, kept: Mapping[Kind, int]) -> dict[str, list[Row]]:
+    """The rows of each pass, if the filter keeps so many validation prompts (and, for images, a middle layer meets every
+    condition on KL)."""
     config, layers = ready.config, _stand_ins(ready).layers
     search, n_layers = search_name(config), len(ready.engine.stream.layers)
     everyone: Sequence[int] = range(len(layers))
@@ -120,21 +185,23 @@ def _passes(ready: Prepared) -> dict[str, list[Row]]:
     if search == "kl_first" and config.thresholds.top_k_candidates is not None:
         middle = layers.index(n_layers // 2)
         considered = [middle] * min(config.thresholds.top_k_candidates, len(layers))
-    kl = _rows(ready, everyone, [Measure.KL])
-    rest = _rows(ready, considered, [Measure.ABLATION, Measure.STEERING])
+    kl = _rows(ready, kept, everyone, [Measure.KL])
+    rest = _rows(ready, kept, considered, [Measure.ABLATION, Measure.STEERING])
     baseline = [Row(prompt) for prompt in range(len(ready.engine.prompts))]
     if search == "kl_first":
         return {"baseline": baseline, "KL divergence": kl, "ablation and steering": rest}
     return {"baseline": baseline, "interventions, at most": kl + rest}  # candidates of length zero are not run
 
 
-def _rows(ready: Prepared, candidates: Iterable[int], measures: Sequence[Measure]) -> list[Row]:
+def _rows(
+    ready: Prepared, kept: Mapping[Kind, int], candidates: Iterable[int], measures: Sequence[Measure]
+) -> list[Row]:
     indices = ready.prompts.indices()
     return [
         Row(prompt, Intervention.STEERING if measure is Measure.STEERING else Intervention.ABLATION, candidate)
         for candidate in candidates
         for measure in measures
-        for prompt in indices[MEASURED_ON[measure], Split.VALIDATION]
+        for prompt in indices[MEASURED_ON[measure], Split.VALIDATION][: kept[MEASURED_ON[measure]]]
     ]
 
 
@@ -175,28 +242,40 @@ def _sample(ready: Prepared, candidates: Candidates, count: int) -> list[Row]:
     return list(islice(cycle(every), count))
 
 
-def _cost(ready: Prepared, passes: dict[str, list[Row]], load_seconds: float) -> Cost:
+def _cost(
+    ready: Prepared, fewest: Mapping[str, list[Row]], most: Mapping[str, list[Row]], *, load_seconds: float
+) -> Cost:
+    """The cost of a run whose passes have between the fewest and the most rows."""
     engine, candidates = ready.engine, _stand_ins(ready)
-    longest = max(inputs["input_ids"].shape[-1] for inputs in engine.prompts)
-    at_once = engine.budget.rows(longest - engine.shared)
-    samples = [_sample(ready, candidates, times * 2 * at_once) for times in (1, *_MICROBATCHES)]
-    _timed(ready, samples[0], candidates)  # warm-up
-    (few, many), (short, long) = (
-        [token_layers(engine, sample, candidates) for sample in samples[1:]],
-        [_timed(ready, sample, candidates) for sample in samples[1:]],
-    )
-    each = max(0.0, long - short) / (many - few)
-    once = max(0.0, short - each * few)
-    estimated = {}
-    held = 0
-    for name, rows in passes.items():
-        sizes = engine.row_bytes(rows)
-        n_passes = sum(1 for _ in engine.budget.passes(rows, sizes))
-        estimated[name] = once * n_passes + each * token_layers(engine, rows, candidates)
-        held = max(held, min(engine.budget.hidden_bytes, sum(sizes)))
+    once, each = _rates(ready, candidates)
+
+    def seconds(rows: list[Row]) -> float:
+        n_passes = sum(1 for _ in engine.budget.passes(rows, engine.row_bytes(rows)))
+        return once * n_passes + each * token_layers(engine, rows, candidates)
+
+    held = max(min(engine.budget.hidden_bytes, sum(engine.row_bytes(rows))) for rows in most.values())
     return Cost(
-        load_seconds, estimated, peak_bytes(execution_device(ready.chat.model)) + held + engine.budget.reserved_bytes
+        load_seconds,
+        {name: Range(seconds(fewest[name]), seconds(rows)) for name, rows in most.items()},
+        peak_bytes(execution_device(ready.chat.model)) + held + engine.budget.reserved_bytes,
     )
+
+
+def _rates(ready: Prepared, candidates: Candidates) -> tuple[float, float]:
+    """Seconds once a pass, and for each token in each layer."""
+    engine = ready.engine
+    longest = max(inputs["input_ids"].shape[-1] for inputs in engine.prompts)
+    largest = _MOST_MICROBATCHES * engine.budget.rows(longest - engine.shared)
+    timed: list[tuple[int, float]] = []
+    count = 3
+    _timed(ready, _sample(ready, candidates, count), candidates)  # warm-up
+    while len(timed) < 2 or (timed[-1][1] < _LONG_ENOUGH and count <= largest):
+        sample = _sample(ready, candidates, count)
+        timed.append((token_layers(engine, sample, candidates), _timed(ready, sample, candidates)))
+        count *= 4
+    (few, short), (many, long) = timed[-2:]
+    each = max(0.0, long - short) / (many - few)
+    return max(0.0, short - each * few), each
 
 
 def _timed(ready: Prepared, rows: Sequence[Row], candidates: Candidates) -> float:
@@ -229,11 +308,32 @@ def _lines(found: Inspection) -> list[tuple[str, str]]:
         ("prompts", ", ".join(f"{len(members)} {set_name(which)}" for which, members in sets.items())),
         ("shared opening", f"{found.shared} tokens"),
         ("candidates", f"{found.n_candidates} = {methods}{chat.n_positions} positions x {found.n_layers} layers"),
+        ("filter", _filter(found)),
         ("rows", ", ".join(f"{count:,} {name}" for name, count in found.rows.items())),
-        ("time", f"about {_duration(cost.seconds)}: loading {_duration(cost.load_seconds)} (measured)"),
-        *(("", f"{name} {_duration(seconds)}") for name, seconds in cost.pass_seconds.items()),
+        ("time", f"about {_durations(cost.seconds)}: loading {_duration(cost.load_seconds)} (measured)"),
+        *(("", f"{name} {_durations(seconds)}") for name, seconds in cost.pass_seconds.items()),
         ("memory", f"about {cost.memory / 2**30:.1f} GiB at its peak"),
     ]
+
+
+def _filter(found: Inspection) -> str:
+    if found.config.skip_filter:
+        return "skipped"
+    counts = (
+        f"{_span(f'{kept.low:.0f}', f'{kept.high:.0f}')} of {len(found.prompts[kind, Split.VALIDATION])} {kind.value}"
+        for kind, kept in found.kept.items()
+    )
+    return f"keeps about {', '.join(counts)} validation prompts"
+
+
+def _durations(seconds: Range) -> str:
+    low, high = _duration(seconds.low), _duration(seconds.high)
+    (low_number, low_unit), (_, high_unit) = low.split(), high.split()
+    return _span(low_number if low_unit == high_unit and low != high else low, high)
+
+
+def _span(low: str, high: str) -> str:
+    return high if low == high else f"{low} to {high}"
 
 
 def _duration(seconds: float) -> str:

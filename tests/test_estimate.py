@@ -16,6 +16,7 @@ from refusal_direction.engine.skeleton import Skeleton
 from refusal_direction.estimate import Inspection, inspect, token_layers
 from refusal_direction.methods import METHODS, difference_of_means
 from refusal_direction.pipeline import Prepared, prepared
+from refusal_direction.prompts.sets import Kind
 from tests.candidates import at_layers
 from tests.conftest import SMALL
 from tests.families import D_MODEL, FAMILIES, N_LAYERS, build
@@ -58,7 +59,7 @@ def test_a_pruned_search_costs_at_most_what_an_exhaustive_one_does(found: Inspec
 
 
 def test_the_estimate_is_positive_and_finite(found: Inspection) -> None:
-    assert 0 < found.cost.seconds < 3600
+    assert 0 < found.cost.seconds.low <= found.cost.seconds.high < 3600
     assert found.cost.pass_seconds.keys() == found.rows.keys()
     weights = sum(weight.nbytes for weight in found.chat.model.parameters())
     assert weights < found.cost.memory < 64 << 30
@@ -72,7 +73,7 @@ def test_the_command_prints_it_and_writes_nothing(
     shown = capsys.readouterr()
     for part in ("residual stream", "written by", "refusal tokens", "'I'", "candidates", "rows", "time", "memory"):
         assert part in shown.out
-    assert shown.err == ""
+    assert shown.err == "Loading the model, then timing a few rows for about 15 s ...\n"
     assert not list(tmp_path.iterdir())
 
 
@@ -101,7 +102,7 @@ def test_an_unknown_model_is_an_error(capsys: pytest.CaptureFixture[str], tmp_pa
         (tmp_path / f"{name}.txt").write_text("\n".join(f"Is {number} {name}?" for number in range(8)))
     own = ["--harmful", str(tmp_path / "bad.txt"), "--harmless", str(tmp_path / "good.txt")]
     assert cli.main(["inspect", str(tmp_path / "nothing"), *own, "--n_train", "4", "--n_val", "4"]) == 2
-    assert capsys.readouterr().err.startswith("Error: ")
+    assert "\nError: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "falcon"])
@@ -142,9 +143,59 @@ def test_time_is_read_off_as_once_a_pass_and_each_token(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(estimate, "_timed", timed)
     with prepared("demo", SMALL) as ready:
-        passes = estimate._passes(ready)
-        cost = estimate._cost(ready, passes, load_seconds=7.0)
+        fewest, most = (estimate._passes(ready, dict.fromkeys(Kind, count)) for count in (6, 12))
+        cost = estimate._cost(ready, fewest, most, load_seconds=7.0)
         candidates = estimate._stand_ins(ready)
-        expected = {name: 2.0 + 1e-3 * token_layers(ready.engine, rows, candidates) for name, rows in passes.items()}
-    assert cost.pass_seconds == pytest.approx(expected)
-    assert cost.seconds == pytest.approx(7.0 + sum(expected.values()))
+
+        def expected(passes: dict[str, list[Row]]) -> list[float]:
+            return [2.0 + 1e-3 * token_layers(ready.engine, rows, candidates) for rows in passes.values()]
+
+        assert [each.low for each in cost.pass_seconds.values()] == pytest.approx(expected(fewest))
+        assert [each.high for each in cost.pass_seconds.values()] == pytest.approx(expected(most))
+    assert cost.seconds.high == pytest.approx(7.0 + sum(expected(most)))
+
+
+def test_samples_grow_until_one_is_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def timed(ready: Prepared, rows: list[Row], candidates: Candidates) -> float:
+        sizes.append(len(rows))
+        return 0.05 * len(rows)
+
+    monkeypatch.setattr(estimate, "_timed", timed)
+    with prepared("demo", SMALL) as ready:
+        _, each = estimate._rates(ready, estimate._stand_ins(ready))
+    assert sizes == [3, 3, 12, 48]
+    assert each > 0
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 16), (6, 16), (16, 16)])
+def test_the_interval_of_a_share_is_wilsons(successes: int, n: int) -> None:
+    from scipy.stats import binomtest, norm
+
+    found = estimate._wilson(successes, n)
+    expected = binomtest(successes, n).proportion_ci(1 - 2 * norm.sf(estimate._Z), method="wilson")
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-9)
+
+
+def test_the_filter_makes_a_range(found: Inspection) -> None:
+    """The demo refuses and answers as it should, so that nearly all prompts may be kept."""
+    for kind in Kind:
+        assert 9 < found.kept[kind].low < found.kept[kind].high == pytest.approx(12)
+    assert inspect(replace(SMALL, skip_filter=True)).kept[Kind.HARMFUL] == estimate.Range(12, 12)
+    shown = str(found)
+    assert "keeps about 11 to 12 of 12 harmful, 11 to 12 of 12 harmless validation prompts" in shown
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        ((720, 1200), "12 to 20 min"),
+        ((4, 4), "4.0 s"),
+        ((30, 1200), "30.0 s to 20 min"),
+        ((720, 725), "12 min"),
+        ((3000, 9000), "50 min to 2.5 h"),
+    ],
+)
+def test_durations_are_said_with_one_unit_where_they_share_it(seconds: tuple[float, float], text: str) -> None:
+    assert estimate._durations(estimate.Range(*seconds)) == text

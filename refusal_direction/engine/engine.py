@@ -162,11 +162,10 @@ class Engine:
             )
         self._runner.run(rows, consume=consume, observe=observe, tick=tick)
 
-    def rehearse(self) -> None:
-        """Run a few prompts as the first pass would, to find out which runner the model needs."""
+    def same_shape(self, count: int) -> list[int]:
+        """Up to `count` prompts of the shape of the longest that share a batch, for a first pass on a few prompts."""
         shape = shape_of(self.prompts[self._reference_prompt(range(len(self.prompts)))])
-        same_shape = [prompt for prompt, inputs in enumerate(self.prompts) if shape_of(inputs) == shape]
-        self.baseline(lambda rows, logits: None, lambda layer, rows, hidden: None, prompts=same_shape[:4])
+        return [prompt for prompt, inputs in enumerate(self.prompts) if shape_of(inputs) == shape][:count]
 
     def _reference_prompt(self, prompts: Sequence[int]) -> int:
         """The longest prompt, preferably among those that share a batch with others of their shape."""
