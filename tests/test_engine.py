@@ -15,7 +15,7 @@ from refusal_direction.engine import Engine, Intervention, Row
 from refusal_direction.engine.hooked import Hooked
 from refusal_direction.engine.layer_major import LayerMajor
 from tests.candidates import at_layers
-from tests.families import D_MODEL, FAMILIES, N_LAYERS, SHARING_FAMILY, build
+from tests.families import D_MODEL, FAMILIES, N_LAYERS, SHARING_FAMILY, build, each_family
 from tests.passes import TOLERANCE, Logits, baseline_of, candidates, every_row, farthest, intervened
 from tests.problems import N_POSITIONS, Problem, engine_of, make_problem, solve
 
@@ -86,7 +86,7 @@ def test_results_do_not_depend_on_which_rows_run_together(name: str, problem: Pr
         assert farthest(intervened(engine, [row], given), together) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@each_family()
 def test_layer_major_is_the_hooked_forward(name: str, problem: Problem) -> None:
     engine, given = engine_of(build(FAMILIES[name]), problem, 5), candidates()
     rows = [*every_row(problem, given), *(Row(prompt) for prompt in range(len(problem.inputs)))]

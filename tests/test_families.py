@@ -13,14 +13,14 @@ from transformers import PreTrainedModel
 from refusal_direction.engine import Intervention, Row
 from refusal_direction.engine.interventions import ablated
 from tests.candidates import at_layers
-from tests.families import D_MODEL, FAMILIES, N_LAYERS, SHARING_FAMILY, Family, build, layers_of
+from tests.families import D_MODEL, FAMILIES, N_LAYERS, SHARING_FAMILY, Family, build, each_family, layers_of
 from tests.oracles import reference, stream
 from tests.problems import differences, engine_of, known, make_problem, solve, solve_slowly
 
 SCORE_TOLERANCE = 1e-4
 LEAK_TOLERANCE = 1e-5
 
-every_family = pytest.mark.parametrize("name", FAMILIES)
+every_family = each_family()
 every_family_and_sharing = pytest.mark.parametrize(
     "family", [*FAMILIES.values(), SHARING_FAMILY], ids=[*FAMILIES, "gemma4"]
 )

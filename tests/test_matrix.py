@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import (
 
 from refusal_direction.engine.interventions import ResidualStream, ablated
 from refusal_direction.errors import UnsupportedModelError
-from tests.families import FAMILIES, build, layers_of
+from tests.families import FAMILIES, build, each_family, layers_of
 from tests.families.document import PATH, document, documented_lines, documented_version, line
 from tests.families.examination import Finding, examine, is_there, row_names
 from tests.families.tables import CORE, TEXT_FAMILIES, UNTRIED, VISION_FAMILIES, words
@@ -123,7 +123,7 @@ def test_every_model_type_of_transformers_is_in_the_tables() -> None:
 # The oracle
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@each_family()
 def test_cleaning_the_stream_operator_by_operator_is_ablating_the_known_writes(name: str) -> None:
     """Two oracles that know nothing of each other: what a person read in the source, and every addition."""
     family = FAMILIES[name]

@@ -18,7 +18,7 @@ from refusal_direction.engine.interventions import ResidualStream
 from refusal_direction.engine.layer_major import LayerMajor
 from refusal_direction.engine.shortcuts.prefix import Prefix, common_length, find_prefix
 from tests.candidates import at_layers
-from tests.families import D_MODEL, FAMILIES, N_LAYERS, TEXT_FAMILIES, VOCAB, build
+from tests.families import D_MODEL, FAMILIES, N_LAYERS, TEXT_FAMILIES, VOCAB, build, each_family
 from tests.problems import N_POSITIONS, as_inputs, engine_of, make_problem, solve
 
 some_families = pytest.mark.parametrize("name", ["llama", "gemma2", "bloom", "gpt2", "mixtral"])
@@ -72,7 +72,7 @@ def test_a_prefix_of_one_token_changes_nothing(name: str) -> None:
         torch.testing.assert_close(getattr(found, measure), getattr(expected, measure), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@each_family()
 def test_every_family_shares_the_opening(name: str) -> None:
     prefix = prefix_of(engine_of(build(FAMILIES[name]), make_problem()))
     assert prefix is not None

@@ -4,6 +4,8 @@
 test.
 """
 
+import pytest
+
 from tests.families.building import Family, build, layers_of
 from tests.families.sizes import D_MODEL, N_LAYERS, VOCAB
 from tests.families.tables import TEXT_FAMILIES
@@ -17,6 +19,7 @@ __all__ = [
     "VOCAB",
     "Family",
     "build",
+    "each_family",
     "layers_of",
 ]
 
@@ -25,3 +28,13 @@ SHARING_FAMILY = TEXT_FAMILIES["gemma4_text"]
 
 FAMILIES = {name: family for name, family in TEXT_FAMILIES.items() if family.writes and family is not SHARING_FAMILY}
 """Families that run layer-major and whose writes are known."""
+
+
+_ALWAYS = ("llama", "gemma2", "gpt2", "bloom", "mixtral", "opt")
+"""Families that differ most: norms before, around and after, learnt and relative positions, experts."""
+
+
+def each_family(name: str = "name") -> pytest.MarkDecorator:
+    """One test for each of `FAMILIES`, of which the default run takes those that differ most."""
+    each = [pytest.param(one, marks=() if one in _ALWAYS else pytest.mark.extended) for one in FAMILIES]
+    return pytest.mark.parametrize(name, each)
