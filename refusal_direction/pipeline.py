@@ -11,6 +11,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from refusal_direction import prompts as prompt_sources
 from refusal_direction.candidates import Candidates
 from refusal_direction.config import VISION_CONFIG, Config, search_name
@@ -29,7 +31,7 @@ from refusal_direction.methods import check_methods, make_candidates
 from refusal_direction.models import refusal_tokens
 from refusal_direction.models.chat import ChatModel
 from refusal_direction.models.loading import check_access, load
-from refusal_direction.models.placement import execution_device
+from refusal_direction.models.placement import execution_device, not_finite
 from refusal_direction.models.refusal_tokens import ProbabilityQuartiles, RefusalTokens
 from refusal_direction.models.vision import VisionChatModel
 from refusal_direction.prompts.sets import Kind, PromptSets, Split
@@ -294,12 +296,21 @@ def _check_layers(config: Config, n_layers: int) -> None:
 
 
 def _check_finite(baseline: Baseline, chat: ChatModel) -> None:
-    """Raise UnsupportedModelError if the model's own logits are not numbers."""
-    if baseline.refusal.isnan().any():
+    """Raise UnsupportedModelError if the model's own logits are not numbers, with a remedy that can help."""
+    if not baseline.refusal.isnan().any():
+        return
+    what = (
+        f"The logits of {chat.model_id} are not numbers for {int(baseline.refusal.isnan().sum())} of {len(baseline.refusal)} "
+        "prompts, without any intervention."
+    )
+    if damaged := not_finite(chat.model):
         raise UnsupportedModelError(
-            f"The logits of {chat.model_id} are not numbers for {int(baseline.refusal.isnan().sum())} of "
-            f"{len(baseline.refusal)} prompts, without any intervention. Try --dtype float32."
+            f"{what} {len(damaged)} of its weights are not finite ({', '.join(damaged[:3])}): the model's files are damaged, or "
+            "it was saved so. Download it again, or use another model."
         )
+    raise UnsupportedModelError(
+        f"{what} " + ("Use another model." if chat.model.dtype == torch.float32 else "Try --dtype float32.")
+    )
 
 
 def _tokens(config: Config, chat: ChatModel, prompts: PromptSets) -> RefusalTokens:

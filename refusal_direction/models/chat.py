@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -50,6 +50,8 @@ class ChatModel:
     """Whether a reasoning model thinks before it answers."""
     adapter: str | None = None
     """Folder or Hub id of the PEFT adapter on the weights; None without one."""
+    gguf_types: Mapping[str, int] | None = None
+    """Number of weights of each type in the GGUF file that they were read from; None for other files."""
 
     def render(self, request: str) -> str:
         """Render a request with the chat template, up to the beginning of the reply.
