@@ -267,6 +267,7 @@ def _inputs(chat: ChatModel, prompts: PromptSets) -> list[dict[str, Tensor]]:
     tokens; TokenizerError for one with a token that the model does not have.
     """
     inputs, eoi = [], list(chat.eoi_tokens)
+    _warn_of_control_tokens(chat, prompts)
     for prompt in prompts.for_selection:
         inputs.append(chat.inputs(prompt))
         ids = inputs[-1]["input_ids"]
@@ -284,7 +285,21 @@ def _inputs(chat: ChatModel, prompts: PromptSets) -> list[dict[str, Tensor]]:
                 f"The tokenizer of {chat.model_id} has tokens that the model does not know ({int(ids.max())}). They do not "
                 "belong together: get both from the same place."
             )
+    for warning in chat.template_warnings(inputs[0]["input_ids"][0].tolist()):
+        log.warning("%s", warning)
     return inputs
+
+
+def _warn_of_control_tokens(chat: ChatModel, prompts: PromptSets) -> None:
+    found = {prompt.id: tokens for prompt in prompts.for_selection if (tokens := chat.control_tokens(prompt.text))}
+    if found:
+        log.warning(
+            "%d prompts hold special tokens of %s (%s), which it reads as its own turns: %s. Take them out of these prompts.",
+            len(found),
+            chat.model_id,
+            ", ".join(dict.fromkeys(token for tokens in found.values() for token in tokens)),
+            ", ".join(list(found)[:10]) + (", ..." if len(found) > 10 else ""),
+        )
 
 
 def _check_layers(config: Config, n_layers: int) -> None:
