@@ -30,6 +30,7 @@ from refusal_direction.fingerprint import fingerprint
 from refusal_direction.methods import check_methods, make_candidates
 from refusal_direction.models import refusal_tokens
 from refusal_direction.models.chat import ChatModel
+from refusal_direction.models.layers import n_embeddings
 from refusal_direction.models.loading import check_access, load
 from refusal_direction.models.placement import execution_device, not_finite
 from refusal_direction.models.refusal_tokens import ProbabilityQuartiles, RefusalTokens
@@ -280,7 +281,7 @@ def _inputs(chat: ChatModel, prompts: PromptSets) -> list[dict[str, Tensor]]:
                 f"The end of {prompt.id} and the text that the chat template puts after it become tokens together, so that it "
                 "lacks the end-of-instruction tokens of the others. Take white space off its end, or leave it out."
             )
-        if int(ids.max()) >= chat.model.get_input_embeddings().num_embeddings:
+        if int(ids.max()) >= n_embeddings(chat.model):
             raise TokenizerError(
                 f"The tokenizer of {chat.model_id} has tokens that the model does not know ({int(ids.max())}). They do not "
                 "belong together: get both from the same place."
