@@ -61,10 +61,10 @@ def fitting(model_id: str, weights: int, device: object) -> Iterator[None]:
 
 @contextmanager
 def configuration_explained(model_id: str) -> Iterator[None]:
-    """Raise ModelAccessError if transformers fails on a config.json: unknown names, impossible numbers."""
+    """Raise ModelAccessError if transformers fails on a config.json or its code: unknown names, impossible numbers."""
     try:
         yield
-    except (KeyError, AttributeError, ArithmeticError, TypeError, RuntimeError, AssertionError) as error:
+    except (KeyError, AttributeError, ArithmeticError, TypeError, RuntimeError, AssertionError, SyntaxError) as error:
         raise not_built(model_id, error) from error
 
 

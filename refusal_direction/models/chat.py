@@ -75,7 +75,7 @@ class ChatModel:
                 add_generation_prompt=add_generation_prompt,
                 chat_template=pinned(self._own_template(), self.thinking),
             )
-        except (ValueError, TypeError, ArithmeticError, LookupError, TemplateError) as error:
+        except (ValueError, TypeError, ArithmeticError, LookupError, RecursionError, TemplateError) as error:
             raise ChatTemplateError(
                 f"The chat template of {self.model_id} is missing or cannot be used ({error}). Use a chat model, or pass "
                 "--chat_template with a Jinja template or a file that holds one."
@@ -98,12 +98,13 @@ class ChatModel:
     @cached_property
     def _opening(self) -> str:
         """The text before a reply, for templates that write it there but ignore add_generation_prompt; otherwise empty."""
-        if not self._ignores_generation_prompt:
-            return ""
+        before = self._before_reply() if self._ignores_generation_prompt else None
+        return (before or "").rstrip(" ")
+
+    def _before_reply(self) -> str | None:
+        """The text that the template writes between a request and its reply; None if it does not render them in a row."""
         prompt, (before, written, _) = self._rendered(self._messages("Hello")), self._exchange(_REPLY).partition(_REPLY)
-        opening = before.removeprefix(prompt)
-        follows = written and before.startswith(prompt) and not opening.isspace()
-        return opening.rstrip(" ") if follows else ""
+        return before.removeprefix(prompt) if written and before.startswith(prompt) else None
 
     @cached_property
     def _ignores_generation_prompt(self) -> bool:
@@ -129,6 +130,11 @@ class ChatModel:
             yield (
                 f"The chat template of {self.model_id} ignores add_generation_prompt. Its prompts are followed by "
                 f"{self._opening!r}, which it writes before a reply."
+            )
+        elif self._ignores_generation_prompt and self._before_reply() is None:
+            yield (
+                f"The chat template of {self.model_id} ignores add_generation_prompt, and shows no text that begins a reply. If a "
+                "reply begins with one, pass --chat_template with a template that writes it."
             )
         if not self.thinking and (opener := left_open(self.render("Hello"))):
             yield (

@@ -6,9 +6,11 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import safe_open
+
 from refusal_direction.errors import ModelAccessError
 
-__all__ = ["check_downloaded", "check_texts", "damage_of"]
+__all__ = ["check_downloaded", "check_floating", "check_texts", "damage_of"]
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _PICKLES = (b"PK", b"\x80")  # of torch.save: a zip file, or in old versions a bare pickle
@@ -28,6 +30,19 @@ def check_texts(folder: Path) -> None:
     for file in (*folder.glob("*.json"), *folder.glob("*.jinja")):
         if _begins(file, _POINTER):
             check_downloaded(file)
+
+
+def check_floating(folder: Path) -> None:
+    """Raise ModelAccessError if matrices are stored as integers, which transformers reads as numbers without their scale."""
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118  # it is no mapping
+                stored = weights.get_slice(name)
+                if name.endswith(".weight") and len(stored.get_shape()) == 2 and stored.get_dtype()[0] in "IU":
+                    raise ModelAccessError(
+                        f"{file} holds {name} as integers ({stored.get_dtype()}), but config.json has no quantization_config that "
+                        "says how to read them. Use weights that are not quantised, or files that belong together."
+                    )
 
 
 def damage_of(folder: Path) -> str | None:

@@ -31,11 +31,11 @@ from transformers import (
 from refusal_direction import demo
 from refusal_direction.config import DEMO_MODEL, Config, ModelSource
 from refusal_direction.demo import vision as demo_vision
-from refusal_direction.errors import ConfigurationError, ModelAccessError
+from refusal_direction.errors import ConfigurationError, ModelAccessError, UnsupportedModelError
 from refusal_direction.models.access import access_explained, configuration_explained, fitting, not_built
 from refusal_direction.models.adapters import add_adapter, check_peft
 from refusal_direction.models.chat import ChatModel
-from refusal_direction.models.damage import check_texts
+from refusal_direction.models.damage import check_floating, check_texts
 from refusal_direction.models.gguf import (
     GgufContents,
     alone,
@@ -154,6 +154,7 @@ def _load(source: ModelSource, files: _Files, model_class: Any, tokenizer_class:
     with access_explained(source.model_id):
         with configuration_explained(source.model_id), converting(files.gguf):
             config = AutoConfig.from_pretrained(files.path, **files.settings)
+        _check_kind(source.model_id, config, model_class)
         with configuration_explained(source.model_id):
             parameters = _parameters(config, model_class, source)
         tokenizer = _tokenizer(files, tokenizer_class)
@@ -182,6 +183,8 @@ def _load(source: ModelSource, files: _Files, model_class: Any, tokenizer_class:
         owned_by(model)
         _try_quantised(model)
     _check_complete(source.model_id, report)
+    if not hasattr(config, "quantization_config"):
+        check_floating(Path(files.path))
     if files.contents is not None:
         check_rotary(files.contents, model.config, source.model_id)
     if source.adapter is not None:
@@ -203,6 +206,8 @@ def _origin(source: ModelSource) -> dict[str, Any]:
 
 def _check_settings(source: ModelSource) -> None:
     """Raise ConfigurationError, before any download, for settings that cannot be used."""
+    if not source.model_id.strip():
+        raise ConfigurationError("--model_id is empty: give a Hub id, a folder, a GGUF file, or demo.")
     if source.revision is not None and (source.model_id == DEMO_MODEL or Path(source.model_id).exists()):
         raise ConfigurationError(
             f"--revision {source.revision}: only models on the Hub have revisions, and this is a folder. Leave out --revision."
@@ -217,6 +222,19 @@ def _check_settings(source: ModelSource) -> None:
             )
     if source.adapter is not None:
         check_peft()
+
+
+def _check_kind(model_id: str, config: PretrainedConfig, model_class: Any) -> None:
+    """Raise UnsupportedModelError for models of which transformers would load a part as if it were a decoder."""
+    classifier = next((name for name in config.architectures or () if "Classification" in name), None)
+    if classifier is not None:
+        raise UnsupportedModelError(
+            f"{model_id} is a {classifier}, as reward models are, and writes no text. Use the chat model that it was made from."
+        )
+    if config.is_encoder_decoder and model_class is AutoModelForCausalLM:
+        raise UnsupportedModelError(
+            f"{model_id} is an encoder-decoder ({config.model_type}), but the method needs a decoder alone. Use another model."
+        )
 
 
 def _quantization(source: ModelSource, files: _Files, config: PretrainedConfig, dtype: torch.dtype) -> dict[str, Any]:

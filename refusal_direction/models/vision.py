@@ -130,9 +130,9 @@ class VisionChatModel(ChatModel):
         return closing(self.render("Hello"), self.thinking)
 
     @cached_property
-    def _opening(self) -> str:
-        """Empty: processors' templates begin the reply themselves."""
-        return ""
+    def _ignores_generation_prompt(self) -> bool:
+        """False: processors' templates begin the reply themselves."""
+        return False
 
     def _own_template(self) -> str:
         if self._raw_prompt is not None:
