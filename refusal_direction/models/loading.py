@@ -31,7 +31,7 @@ from transformers import (
 from refusal_direction import demo
 from refusal_direction.config import DEMO_MODEL, Config, ModelSource
 from refusal_direction.demo import vision as demo_vision
-from refusal_direction.errors import ConfigurationError, ModelAccessError, UnsupportedModelError
+from refusal_direction.errors import ConfigurationError, ModelAccessError, TokenizerError, UnsupportedModelError
 from refusal_direction.models.access import access_explained, configuration_explained, fitting, not_built
 from refusal_direction.models.adapters import add_adapter, check_peft
 from refusal_direction.models.chat import ChatModel
@@ -157,7 +157,7 @@ def _load(source: ModelSource, files: _Files, model_class: Any, tokenizer_class:
         _check_kind(source.model_id, config, model_class)
         with configuration_explained(source.model_id):
             parameters = _parameters(config, model_class, source)
-        tokenizer = _tokenizer(files, tokenizer_class)
+        tokenizer = _tokenizer(source.model_id, files, tokenizer_class)
     dtype = _dtype(source.dtype, device, parameters)
     weights = parameters * _BITS.get(source.quantization or "", 8 * dtype.itemsize) // 8
     placement = _placement(source.device, device, weights)
@@ -192,11 +192,23 @@ def _load(source: ModelSource, files: _Files, model_class: Any, tokenizer_class:
     return model.eval(), tokenizer
 
 
-def _tokenizer(files: _Files, tokenizer_class: Any) -> Any:
-    if files.gguf is None:
-        return tokenizer_class.from_pretrained(files.path, **files.settings)
-    with alone(files.gguf) as folder, converting(files.gguf):
-        return tokenizer_class.from_pretrained(folder, **files.settings)
+def _tokenizer(model_id: str, files: _Files, tokenizer_class: Any) -> Any:
+    """The tokenizer or processor.
+
+    Raises TokenizerError for files that contradict themselves, for which the package tokenizers raises a bare Exception.
+    """
+    try:
+        if files.gguf is None:
+            return tokenizer_class.from_pretrained(files.path, **files.settings)
+        with alone(files.gguf) as folder, converting(files.gguf):
+            return tokenizer_class.from_pretrained(folder, **files.settings)
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise TokenizerError(
+            f"The tokenizer of {model_id} cannot be made from its files ({error}). Download them again, or use another version "
+            "of transformers."
+        ) from error
 
 
 def _origin(source: ModelSource) -> dict[str, Any]:
