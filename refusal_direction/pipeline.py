@@ -295,7 +295,7 @@ def _warn_of_control_tokens(chat: ChatModel, prompts: PromptSets) -> None:
     found = {prompt.id: tokens for prompt in prompts.for_selection if (tokens := chat.control_tokens(prompt.text))}
     if found:
         log.warning(
-            "%d prompts hold special tokens of %s (%s), which it reads as its own turns: %s. Take them out of these prompts.",
+            "%d of the prompts hold special tokens of %s (%s), which it reads as its own turns: %s. Take them out of these prompts.",
             len(found),
             chat.model_id,
             ", ".join(dict.fromkeys(token for tokens in found.values() for token in tokens)),

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 HEADS = 4
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-MERGE = ("Ġ", "a")
+MERGES = [("Ġ", "a"), ("Ġ", "b")]
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -34,8 +34,8 @@ _NAMES = {
 
 
 def words() -> list[str]:
-    """The vocabulary: every byte, a pair of them, and the special tokens."""
-    return [*sorted(pre_tokenizers.ByteLevel.alphabet()), "".join(MERGE), *SPECIAL]
+    """The vocabulary: every byte, two pairs of them, and the special tokens."""
+    return [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, MERGES), *SPECIAL]
 
 
 def build(seed: int = 0) -> LlamaForCausalLM:
@@ -52,7 +52,7 @@ def build(seed: int = 0) -> LlamaForCausalLM:
 def write_folder(model: LlamaForCausalLM, folder: Path) -> Path:
     """The model as transformers saves it, with a tokenizer made by hand."""
     model.save_pretrained(folder)
-    tokenizer = Tokenizer(models.BPE({word: index for index, word in enumerate(words())}, [MERGE]))
+    tokenizer = Tokenizer(models.BPE({word: index for index, word in enumerate(words())}, MERGES))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tokenizer.add_special_tokens(list(SPECIAL))
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -91,7 +91,7 @@ def write_gguf(model: LlamaForCausalLM, file: Path, *, type: str = "F32", rotary
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(words())
     writer.add_token_types([1] * first + [3] * len(SPECIAL))
-    writer.add_token_merges([" ".join(MERGE)])
+    writer.add_token_merges(list(map(" ".join, MERGES)))
     writer.add_bos_token_id(first)
     writer.add_eos_token_id(first + 2)
     writer.add_add_bos_token(False)
