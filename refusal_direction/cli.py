@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from refusal_direction.config import CHECKPOINTS, VISION_CONFIG, Config
-from refusal_direction.errors import OutputError, RefusalDirectionError
+from refusal_direction.errors import OutputError, RefusalDirectionError, UnsupportedModelError
 from refusal_direction.flags import parse
 from refusal_direction.runtime import processes
 
@@ -173,7 +173,7 @@ def _main(argv: Sequence[str] | None, defaults: Config) -> int:
         _discard_output()
     except RefusalDirectionError as error:
         print(f"Error: {error}", file=sys.stderr)
-        if _resumable(config, before):
+        if _resumable(config, before) and not isinstance(error, UnsupportedModelError):
             print(
                 "The scores measured so far are kept: --resume continues, also with other thresholds.", file=sys.stderr
             )

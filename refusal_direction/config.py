@@ -54,7 +54,7 @@ def _at_least(minimum: int, **counts: int | None) -> None:
 class ModelSource:
     """The model and how it is loaded."""
 
-    model_id: str = _setting("google/gemma-7b-it", "Hub id, local folder, or demo", metavar="ID")
+    model_id: str = _setting("google/gemma-7b-it", "Hub id, folder, GGUF file, or demo", metavar="ID")
     dtype: str = _setting("auto", "bfloat16, float16, float32 or auto: bfloat16 where the device is fast with it")
     device: str = _setting("auto", "cuda, mps, cpu or auto (offloads weights that do not fit)")
     quantization: str | None = _setting(None, "4bit or 8bit: quantise the weights (bitsandbytes)", metavar="BITS")
@@ -65,9 +65,10 @@ class ModelSource:
     chat_template: str | None = _setting(None, "Jinja chat template, or a file with one", metavar="FILE")
     system_prompt: str | None = _setting(None, "system message, if the template takes one", metavar="TEXT")
     thinking: bool = _setting(False, "let a reasoning model think before it answers")
+    gguf_file: str | None = _setting(None, "which GGUF file of the folder or Hub id", metavar="NAME")
 
     def __post_init__(self) -> None:
-        for name in ("model_id", "adapter", "chat_template"):
+        for name in ("model_id", "gguf_file", "adapter", "chat_template"):
             value = getattr(self, name)
             object.__setattr__(self, name, None if value is None else str(value))  # a path is accepted too
 

@@ -22,6 +22,7 @@ from refusal_direction.candidates import Candidates
 from refusal_direction.config import Config, search_name
 from refusal_direction.engine import Engine, Intervention, Row
 from refusal_direction.models.chat import ChatModel
+from refusal_direction.models.gguf import weight_type
 from refusal_direction.models.placement import execution_device
 from refusal_direction.models.refusal_tokens import RefusalTokens
 from refusal_direction.pipeline import Prepared, prepared
@@ -293,6 +294,7 @@ def _timed(ready: Prepared, rows: Sequence[Row], candidates: Candidates) -> floa
 
 def _lines(found: Inspection) -> list[tuple[str, str]]:
     model, chat, cost = found.chat.model, found.chat, found.cost
+    origin = f" ({weight_type(chat.gguf_types)})" if chat.gguf_types else ""
     writes = "; ".join(f"{' + '.join(sites)} ({count} layers)" for sites, count in found.writes)
     positions = (
         " ".join(repr(chat.text_of(token)) for token in chat.eoi_tokens) or f"the last {chat.n_positions} of the prompt"
@@ -300,7 +302,7 @@ def _lines(found: Inspection) -> list[tuple[str, str]]:
     sets = found.prompts.indices()
     methods = f"{len(found.config.methods)} methods x " if len(found.config.methods) > 1 else ""
     return [
-        ("model", f"{chat.model_id}: {model.num_parameters() / 1e6:,.1f}M parameters, {str(model.dtype)[6:]}"),
+        ("model", f"{chat.model_id}: {model.num_parameters() / 1e6:,.1f}M parameters, {str(model.dtype)[6:]}{origin}"),
         ("residual stream", f"{found.n_layers} layers, d_model {found.d_model}; {found.engine} engine"),
         ("written by", f"the embedding; {writes}"),
         ("positions", f"{positions}: {chat.n_positions} tokens"),

@@ -60,9 +60,8 @@ def _samples(model: nn.Module) -> Iterator[Tensor]:
             yield flat[:: flat.numel() // _SAMPLED | 1].cpu()  # an odd step meets every column of most weights
 
 
-def _files(folder: Path) -> list[tuple[str, int, int]]:
-    """Name, size and modification time of the files of a local model."""
-    if not folder.is_dir():
-        return []
-    facts = ((path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file())
+def _files(model: Path) -> list[tuple[str, int, int]]:
+    """Name, size and modification time of the files of a local model: a folder's, or its only one."""
+    paths = sorted(model.iterdir()) if model.is_dir() else [model]
+    facts = ((path.name, path.stat()) for path in paths if path.is_file())
     return [(name, fact.st_size, fact.st_mtime_ns) for name, fact in facts]

@@ -11,6 +11,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from refusal_direction import prompts as prompt_sources
 from refusal_direction.candidates import Candidates
 from refusal_direction.config import VISION_CONFIG, Config, search_name
@@ -28,8 +30,9 @@ from refusal_direction.fingerprint import fingerprint
 from refusal_direction.methods import check_methods, make_candidates
 from refusal_direction.models import refusal_tokens
 from refusal_direction.models.chat import ChatModel
+from refusal_direction.models.layers import n_embeddings
 from refusal_direction.models.loading import check_access, load
-from refusal_direction.models.placement import execution_device
+from refusal_direction.models.placement import execution_device, not_finite
 from refusal_direction.models.refusal_tokens import ProbabilityQuartiles, RefusalTokens
 from refusal_direction.models.vision import VisionChatModel
 from refusal_direction.prompts.sets import Kind, PromptSets, Split
@@ -266,6 +269,7 @@ def _inputs(chat: ChatModel, prompts: PromptSets) -> list[dict[str, Tensor]]:
     tokens; TokenizerError for one with a token that the model does not have.
     """
     inputs, eoi = [], list(chat.eoi_tokens)
+    _warn_of_control_tokens(chat, prompts)
     for prompt in prompts.for_selection:
         inputs.append(chat.inputs(prompt))
         ids = inputs[-1]["input_ids"]
@@ -278,12 +282,26 @@ def _inputs(chat: ChatModel, prompts: PromptSets) -> list[dict[str, Tensor]]:
                 f"The end of {prompt.id} and the text that the chat template puts after it become tokens together, so that it "
                 "lacks the end-of-instruction tokens of the others. Take white space off its end, or leave it out."
             )
-        if int(ids.max()) >= chat.model.get_input_embeddings().num_embeddings:
+        if int(ids.max()) >= n_embeddings(chat.model):
             raise TokenizerError(
                 f"The tokenizer of {chat.model_id} has tokens that the model does not know ({int(ids.max())}). They do not "
                 "belong together: get both from the same place."
             )
+    for warning in chat.template_warnings(inputs[0]["input_ids"][0].tolist()):
+        log.warning("%s", warning)
     return inputs
+
+
+def _warn_of_control_tokens(chat: ChatModel, prompts: PromptSets) -> None:
+    found = {prompt.id: tokens for prompt in prompts.for_selection if (tokens := chat.control_tokens(prompt.text))}
+    if found:
+        log.warning(
+            "%d of the prompts hold special tokens of %s (%s), which it reads as its own turns: %s. Take them out of these prompts.",
+            len(found),
+            chat.model_id,
+            ", ".join(dict.fromkeys(token for tokens in found.values() for token in tokens)),
+            ", ".join(list(found)[:10]) + (", ..." if len(found) > 10 else ""),
+        )
 
 
 def _check_layers(config: Config, n_layers: int) -> None:
@@ -295,12 +313,21 @@ def _check_layers(config: Config, n_layers: int) -> None:
 
 
 def _check_finite(baseline: Baseline, chat: ChatModel) -> None:
-    """Raise UnsupportedModelError if the model's own logits are not numbers."""
-    if baseline.refusal.isnan().any():
+    """Raise UnsupportedModelError if the model's own logits are not numbers, with a remedy that can help."""
+    if not baseline.refusal.isnan().any():
+        return
+    what = (
+        f"The logits of {chat.model_id} are not numbers for {int(baseline.refusal.isnan().sum())} of {len(baseline.refusal)} "
+        "prompts, without any intervention."
+    )
+    if damaged := not_finite(chat.model):
         raise UnsupportedModelError(
-            f"The logits of {chat.model_id} are not numbers for {int(baseline.refusal.isnan().sum())} of "
-            f"{len(baseline.refusal)} prompts, without any intervention. Try --dtype float32."
+            f"{what} {len(damaged)} of its weights are not finite ({', '.join(damaged[:3])}): the model's files are damaged, or "
+            "it was saved so. Download it again, or use another model."
         )
+    raise UnsupportedModelError(
+        f"{what} " + ("Use another model." if chat.model.dtype == torch.float32 else "Try --dtype float32.")
+    )
 
 
 def _tokens(config: Config, chat: ChatModel, prompts: PromptSets) -> RefusalTokens:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from refusal_direction.models.chat import ChatModel
+from refusal_direction.models.gguf import weight_type
 from refusal_direction.models.placement import execution_device
 from refusal_direction.prompts.sets import SETS, SETS_FOR_SELECTION, Kind, PromptSet, PromptSets, Split
 from refusal_direction.results import ModelRecord, PromptRecord, Token
@@ -32,16 +33,18 @@ def model_record(chat: ChatModel, *, n_layers: int, d_model: int) -> ModelRecord
         dtype=str(chat.model.dtype).removeprefix("torch."),
         device=str(execution_device(chat.model)),
         adapter=chat.adapter,
-        quantization=_quantization(chat.model.config),
+        quantization=_quantization(chat),
         n_layers=n_layers,
         n_positions=chat.n_positions,
         d_model=d_model,
     )
 
 
-def _quantization(config: Any) -> dict[str, Any] | None:
-    """The quantisation of the weights, by a checkpoint or while they were loaded."""
-    found = getattr(config, "quantization_config", None)
+def _quantization(chat: ChatModel) -> dict[str, Any] | None:
+    """The quantisation of the weights: by a checkpoint, while they were loaded, or in the GGUF file that they are from."""
+    if chat.gguf_types is not None:
+        return {"quant_method": "gguf", "weights": weight_type(chat.gguf_types), "types": dict(chat.gguf_types)}
+    found = getattr(chat.model.config, "quantization_config", None)
     if found is None:
         return None
     plain: dict[str, Any] = json.loads(json.dumps(found if isinstance(found, dict) else found.to_dict(), default=str))
@@ -88,7 +91,7 @@ def train_activations(
 def versions() -> dict[str, str | None]:
     """Versions of Python and of the packages that scores depend on; None for those not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in ("refusal-direction", "torch", "transformers", "accelerate", "peft", "bitsandbytes"):
+    for name in ("refusal-direction", "torch", "transformers", "accelerate", "peft", "bitsandbytes", "gguf"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:  # run from a checkout, or not installed

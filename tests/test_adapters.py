@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from refusal_direction import demo, load_chat_model
-from refusal_direction.config import ModelSource
+from refusal_direction import Config, demo, extract, load_chat_model
+from refusal_direction.config import ModelSource, PromptSource, Thresholds
 from refusal_direction.engine.interventions import ResidualStream, ablated, intervened, steered
 from refusal_direction.errors import ConfigurationError, ModelAccessError, UnsupportedModelError
 from refusal_direction.models import adapters
+from refusal_direction.prompts import gather
+from refusal_direction.prompts.sets import Kind, Split
+from refusal_direction.scoring.metrics import refusal_score
 from tests.families import D_MODEL, FAMILIES, build
 from tests.problems import engine_of, leak_of, make_problem, solve
 
@@ -35,11 +41,12 @@ def test_an_adapter_without_peft_names_the_package(monkeypatch: pytest.MonkeyPat
         load_chat_model(ModelSource("demo", adapter="somewhere"))
 
 
-def lora(model: PreTrainedModel, folder: Path) -> tuple[Path, PreTrainedModel]:
+def lora(model: PreTrainedModel, folder: Path, **settings: Any) -> tuple[Path, PreTrainedModel]:
     """An adapter with random weights, saved, and the model that it is merged into."""
     from peft import LoraConfig, get_peft_model
 
-    wrapped = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    settings = {"target_modules": "all-linear", **settings}
+    wrapped = get_peft_model(model, LoraConfig(r=4, init_lora_weights=False, **settings))
     wrapped.save_pretrained(folder)
     return folder, wrapped.merge_and_unload()
 
@@ -61,6 +68,60 @@ def test_an_adapter_gives_what_the_merged_model_gives(name: str, tmp_path: Path)
     ):
         assert torch.allclose(ours, theirs, atol=1e-4)
         assert not torch.allclose(without, theirs, atol=1e-1)  # control: the adapter matters
+
+
+@needs_peft
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [5, 6, 20]},
+    ],
+    ids=["embedding", "tokens"],
+)
+def test_an_adapter_on_the_embedding_gives_what_peft_gives(settings: dict[str, Any], tmp_path: Path):
+    from peft import PeftModel
+
+    folder, _ = lora(AutoModelForCausalLM.from_pretrained(demo.MODEL_DIR), tmp_path, **settings)
+    if "trainable_token_indices" in settings:
+        change(folder, lambda name, weight: weight + 1.0 if "trainable_tokens" in name else weight)
+    chat, plain = load_chat_model(ModelSource("demo", adapter=str(folder))), load_chat_model("demo")
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(demo.MODEL_DIR), folder).eval()
+    ids = torch.tensor([[2, 4, *range(5, 25)]])
+    with torch.no_grad():
+        assert torch.equal(chat.model(ids).logits, theirs(ids).logits)
+        assert not torch.allclose(chat.model(ids).logits, plain.model(ids).logits, atol=1e-2)  # control
+    config = Config(prompts=PromptSource(n_train=2, n_val=2, n_test=0), skip_filter=True)
+    config = replace(config, thresholds=Thresholds(kl_threshold=1e9, induce_threshold=-1e9))
+    prompts = gather(replace(config, model=ModelSource("demo")))
+    result = extract(chat, config, prompts=prompts)
+    assert result.engine.name == "layer-major"  # so the logits are those of the model's own forward
+    kept = result.prompts[Kind.HARMFUL, Split.TRAIN].refusal
+    own = [
+        float(refusal_score(theirs(**chat.inputs(p)).logits[:, -1], result.refusal_tokens.ids))
+        for p in prompts.harmful_train
+    ]
+    assert torch.allclose(kept, torch.tensor(own, dtype=kept.dtype), atol=1e-4)
+
+
+def change(folder: Path, how: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
+    """Change the weights of a saved adapter."""
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "adapter_model.safetensors"
+    save_file({name: how(name, weight) for name, weight in load_file(file).items()}, file)
+
+
+@needs_peft
+def test_an_adapter_with_a_larger_vocabulary_says_by_how_much(tmp_path: Path):
+    model = AutoModelForCausalLM.from_pretrained(demo.MODEL_DIR)
+    size = model.config.vocab_size
+    model.resize_token_embeddings(size + 3)
+    folder, _ = lora(model, tmp_path, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    with pytest.raises(
+        ModelAccessError, match=rf"larger vocabulary .* by 3 tokens.*resize_token_embeddings\({size + 3}\)"
+    ):
+        load_chat_model(ModelSource("demo", adapter=str(folder)))
 
 
 @needs_peft

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
@@ -389,3 +390,23 @@ def test_autocast_does_not_hide_where_a_stream_is_written(name: str) -> None:
         plain = model(ids, use_cache=False).logits
         with ablated(model, r):
             assert not torch.allclose(model(ids, use_cache=False).logits, plain, atol=0.1)
+
+
+def test_a_second_thread_is_refused_while_the_first_has_a_context_open() -> None:
+    model, r = build(FAMILIES["llama"]), direction()
+    plain = logits(model)
+
+    def elsewhere() -> Tensor:
+        with ablated(model, direction(1)):
+            return logits(model)
+
+    with ThreadPoolExecutor(1) as thread:
+        with steered(model, r, layer=1):
+            expected = logits(model)
+            with pytest.raises(ValueError, match="Another thread runs this model"):
+                thread.submit(elsewhere).result()
+            with ablated(model, direction(2)):  # this thread may
+                pass
+            assert torch.equal(logits(model), expected)
+        assert not torch.equal(thread.submit(elsewhere).result(), plain)  # control
+    assert torch.equal(logits(model), plain)

@@ -1,16 +1,18 @@
 """Loading models: devices, dtypes, and what the Hub says when it says no."""
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
 
 from refusal_direction import demo, load_chat_model
 from refusal_direction.config import ModelSource
-from refusal_direction.errors import ConfigurationError, ModelAccessError, TokenizerError
+from refusal_direction.errors import ConfigurationError, ModelAccessError, TokenizerError, UnsupportedModelError
 from refusal_direction.models import loading
 
 
@@ -79,6 +81,101 @@ def test_weights_that_were_cut_off_are_explained(tmp_path: Path):
     weights.write_bytes(weights.read_bytes()[:100_000])
     with pytest.raises(ModelAccessError, match="cannot be read.*download it again"):
         load_chat_model(str(tmp_path))
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n"
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "chat_template.jinja", "generation_config.json", "model.safetensors"]
+)
+def test_a_git_lfs_pointer_is_told_from_the_file(name: str, tmp_path: Path):
+    (copied(tmp_path) / name).write_bytes(POINTER)
+    with pytest.raises(ModelAccessError, match=rf"{name} is a Git LFS pointer.*git lfs pull"):
+        load_chat_model(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_an_empty_file_is_named(name: str, tmp_path: Path):
+    (copied(tmp_path) / name).write_bytes(b"")
+    with pytest.raises(ModelAccessError, match=rf"{name} is empty. Download it again"):
+        load_chat_model(tmp_path)
+
+
+@pytest.mark.parametrize("index", ["{}", '{"metadata": {}}', '{"weight_map": {}}', "[]"])
+def test_an_index_that_lists_no_weights_is_explained(index: str, tmp_path: Path):
+    (copied(tmp_path) / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ModelAccessError, match=r"index\.json lists no files of weights.*Download it again"):
+        load_chat_model(tmp_path)
+
+
+@pytest.mark.parametrize("allow_pickle", [False, True])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(POINTER, "git lfs pull"), (b"", "is empty"), (b"junk" * 99, "not a file of weights")],
+    ids=["pointer", "empty", "junk"],
+)
+def test_a_pickle_that_is_none_is_not_to_be_allowed(content: bytes, said: str, allow_pickle: bool, tmp_path: Path):
+    (copied(tmp_path) / "model.safetensors").unlink()
+    (tmp_path / "pytorch_model.bin").write_bytes(content)
+    with pytest.raises(ModelAccessError, match=said) as error:
+        load_chat_model(ModelSource(str(tmp_path), allow_pickle=allow_pickle))
+    assert "--allow_pickle" not in str(error.value)
+
+
+def test_a_pickle_of_other_objects_is_explained(tmp_path: Path):
+    (copied(tmp_path) / "model.safetensors").unlink()
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Path, protocol=2))
+    with pytest.raises(ModelAccessError, match="holds other objects than tensors"):
+        load_chat_model(ModelSource(str(tmp_path), allow_pickle=True))
+
+
+def test_text_that_is_not_json_is_named(tmp_path: Path):
+    (copied(tmp_path) / "config.json").write_bytes(b"\xff\xfe{")
+    with pytest.raises(ModelAccessError, match=r"config\.json is not valid JSON"):
+        load_chat_model(tmp_path)
+
+
+def test_a_tokenizer_that_contradicts_itself_is_explained(tmp_path: Path):
+    path = copied(tmp_path) / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model": {"type": "frob"}}))
+    with pytest.raises((TokenizerError, ModelAccessError), match="tokenizer"):
+        load_chat_model(tmp_path)
+
+
+def test_a_value_that_a_configuration_may_not_have_is_not_taken_for_another_kind_of_model(tmp_path: Path):
+    with pytest.raises(ModelAccessError, match=r"cannot build a model from the config\.json .*flash_attention_9"):
+        load_chat_model(changed(tmp_path, _attn_implementation="flash_attention_9"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"architectures": ["GemmaForSequenceClassification"]}, "GemmaForSequenceClassification.*writes no text"),
+        ({"model_type": "bart", "architectures": None}, r"encoder-decoder \(bart\)"),
+    ],
+    ids=["classifier", "encoder-decoder"],
+)
+def test_a_model_of_which_only_a_part_would_be_loaded_is_refused(
+    settings: dict[str, object], said: str, tmp_path: Path
+):
+    with pytest.raises(UnsupportedModelError, match=said):
+        load_chat_model(changed(tmp_path, **settings))
+
+
+def test_integers_without_their_scales_are_refused(tmp_path: Path):
+    file = copied(tmp_path) / "model.safetensors"
+    weights = {name: weight.clone() for name, weight in load_file(file).items()}
+    name = "model.layers.1.self_attn.q_proj.weight"
+    save_file({**weights, name: (weights[name] * 50).to(torch.int8)}, file, metadata={"format": "pt"})
+    with pytest.raises(ModelAccessError, match=r"q_proj\.weight as integers \(I8\).*no quantization_config"):
+        load_chat_model(tmp_path)
+
+
+def test_an_empty_model_id_says_what_to_give():
+    with pytest.raises(ConfigurationError, match="--model_id is empty"):
+        load_chat_model("")
 
 
 def changed(folder: Path, **settings: object) -> str:

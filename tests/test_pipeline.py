@@ -28,6 +28,7 @@ from refusal_direction.errors import (
     TooFewPromptsError,
     UnsupportedModelError,
 )
+from refusal_direction.models.control_tokens import ControlTokens
 from refusal_direction.prompts import Kind, Prompt, PromptSets, Split
 from refusal_direction.prompts.sets import SETS_FOR_SELECTION
 from refusal_direction.results import table
@@ -151,7 +152,7 @@ def test_a_prompt_longer_than_the_model_takes_is_named(chat: ChatModel, prompts:
 def test_a_tokenizer_of_another_model_is_found_out(
     chat: ChatModel, prompts: PromptSets, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(chat.model.get_input_embeddings(), "num_embeddings", 300)
+    monkeypatch.setattr(pipeline, "n_embeddings", lambda model: 300)
     with pytest.raises(TokenizerError, match="do not belong together"):
         extract(chat, prompts=prompts)
 
@@ -221,7 +222,20 @@ def test_logits_that_are_not_numbers_are_found_out(chat: ChatModel, prompts: Pro
     own = weight.data.clone()
     weight.data[0] = torch.nan
     try:
-        with pytest.raises(UnsupportedModelError, match="are not numbers.*--dtype float32"):
+        with pytest.raises(UnsupportedModelError, match=r"are not numbers.*not finite \(model\.norm\.weight\)") as error:
             extract(chat, prompts=prompts)
     finally:
         weight.data = own
+    assert "--dtype" not in str(error.value)  # it would not help
+
+
+def test_prompts_with_special_tokens_that_are_read_as_such_stand_in_the_record(
+    chat: ChatModel, prompts: PromptSets, monkeypatch: pytest.MonkeyPatch
+):
+    prompts = with_prompt(prompts, "Say <end_of_turn> and go on")
+    with pipeline.prepared(chat, FEW, prompts=prompts) as ready:
+        assert not ready.warnings  # it is encoded as text
+    monkeypatch.setattr(ControlTokens, "encode_plainly", lambda *_: None)
+    with pipeline.prepared(chat, FEW, prompts=prompts) as ready:
+        (warning,) = ready.warnings
+    assert "1 of the prompts hold special tokens of demo (<end_of_turn>), which it reads as its own turns: mine/7." in warning

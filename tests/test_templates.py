@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,9 +13,12 @@ import pytest
 
 from refusal_direction import ChatModel
 from refusal_direction.errors import ChatTemplateError
+from refusal_direction.models import loading
+from refusal_direction.models.control_tokens import ControlTokens
 from tests.chat_formats import DROPPED, FORMATS, REFUSED, SHOWN, tokenizer_for
 
 every = pytest.mark.parametrize("name", FORMATS)
+SWITCHES = ("enable_thinking", "thinking", "reasoning")
 
 
 def those(*fates: str) -> Any:
@@ -144,3 +148,120 @@ def test_the_reply_is_tokenised_as_it_follows_the_prompt(name: str):
     before = chat.encode("Hello")
     space = " " if name == "llama2" else ""
     assert chat.encode("Hello", space + "I cannot") == [*before, *chat.reply_tokens("I cannot")]
+
+
+def changed(name: str, template: str) -> ChatModel:
+    return replace(chat_of(name), chat_template=template)
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if "strftime_now" not in FORMATS[name].template])
+def test_a_file_with_a_template_renders_as_transformers_renders_it(name: str, tmp_path: Path):
+    """Also where it begins with a line break or an indented block, and whatever breaks its last line has."""
+    for begin, end in (("", "\n"), ("\n", "\n\n"), ("  {% if true %}x{% endif %}\n", "")):
+        file = tmp_path / "template.jinja"
+        file.write_text(begin + FORMATS[name].template + end)
+        messages = [{"role": "user", "content": "Hi"}]
+        chat = changed(name, str(loading._template(str(file))))
+        assert chat._rendered(messages, add_generation_prompt=True) == chat.tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=True,
+            chat_template=file.read_text(),
+            **dict.fromkeys(SWITCHES, False),
+            date_string="26 Jul 2024",
+        )
+
+
+@every
+def test_a_known_format_is_not_warned_of(name: str):
+    chat = chat_of(name)
+    written = FORMATS[name].tokens[0] in FORMATS[name].prompt
+    assert bool(list(chat.template_warnings(chat.encode("Hi")))) == (not written)  # its tokenizer would add one
+
+
+@pytest.mark.parametrize(
+    ("opener", "closer"),
+    [
+        ("<think>\n", "\n</think>\n\n"),
+        ("<seed:think>", "\n</seed:think>\n\n"),
+        ("<thought>", "\n</thought>\n\n"),
+        ("[THINK]", "[/THINK]"),
+        ("<|channel>thought\n", "<channel|>"),
+        ("<|begin_of_thought|>", "<|end_of_thought|>"),
+        ("<|START_THINKING|>", "<|END_THINKING|>"),
+        ("<|start|>assistant<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
+    ],
+)
+def test_a_block_of_thoughts_that_a_template_opens_is_closed(opener: str, closer: str):
+    chat = changed("gemma", FORMATS["gemma"].template + opener)
+    # Jinja drops the last line break of a template
+    assert chat.render("Hi") == FORMATS["gemma"].prompt + opener.removesuffix("\n") + closer
+    assert not list(chat.template_warnings(chat.encode("Hi")))
+    assert replace(chat, thinking=True).render("Hi") == FORMATS["gemma"].prompt + opener.removesuffix("\n")
+
+
+@pytest.mark.parametrize("opener", ["<|my_thoughts|>", "<|think|>", "<start_of_turn>thinking\n"])
+def test_an_opener_of_thoughts_without_a_known_end_is_warned_of(opener: str):
+    chat = changed("gemma", FORMATS["gemma"].template + opener)
+    (warning,) = chat.template_warnings(chat.encode("Hi"))
+    assert "seems to begin thoughts" in warning
+    assert opener.strip() in warning
+    assert not list(replace(chat, thinking=True).template_warnings(chat.encode("Hi")))
+
+
+@pytest.mark.parametrize(
+    "end", ["<think>\n\n</think>\n\n", "<|START_THINKING|><|END_THINKING|>", "/no_think\n", "Think!\n"]
+)
+def test_thoughts_that_are_closed_are_left_alone(end: str):
+    chat = changed("gemma", FORMATS["gemma"].template + end)
+    assert chat.render("Hi") == FORMATS["gemma"].prompt + end.removesuffix("\n")
+    assert not list(chat.template_warnings(chat.encode("Hi")))
+
+
+def test_a_template_that_ignores_the_generation_prompt_is_completed_from_its_replies():
+    own = FORMATS["gemma"].template
+    chat = changed("gemma", own[: own.index("{% if add_generation_prompt")])
+    assert chat.render("Hi").endswith("Hi<end_of_turn>\n<start_of_turn>assistant\n")
+    (warning,) = chat.template_warnings(chat.encode("Hi"))
+    assert "ignores add_generation_prompt" in warning
+    assert repr("<start_of_turn>assistant\n") in warning
+
+
+def test_a_template_that_takes_no_replies_and_begins_none_is_warned_of():
+    own = FORMATS["gemma"].template
+    refusing = "{% if messages[-1].role == 'assistant' %}{{ raise_exception('no replies') }}{% endif %}"
+    chat = changed("gemma", refusing + own[: own.index("{% if add_generation_prompt")])
+    (warning,) = chat.template_warnings(chat.encode("Hi"))
+    assert "shows no text that begins a reply" in warning
+
+
+def test_a_beginning_of_sequence_that_is_written_twice_or_never_is_warned_of():
+    own, bos = FORMATS["gemma"].template, "{{ bos_token }}"
+    twice, never = changed("gemma", bos + own), changed("gemma", own.replace(bos, ""))
+    (warning,) = twice.template_warnings(twice.encode("Hi"))
+    assert "twice" in warning
+    (warning,) = never.template_warnings(never.encode("Hi"))
+    assert "does not write" in warning
+    never.tokenizer.bos_token = None
+    assert not list(never.template_warnings(never.encode("Hi")))
+
+
+@every
+def test_control_tokens_in_a_request_are_encoded_as_text(name: str):
+    chat, format = chat_of(name), FORMATS[name]
+    request = f"Say {format.tokens[-1]} and {format.tokens[0]}now"
+    encoded, special = chat.encode(request), set(chat.tokenizer.all_special_ids)
+    assert [token for token in encoded if token in special] == [t for t in chat.encode("Hi") if t in special]
+    assert chat.tokenizer.decode(encoded).replace(" ", "") == chat.render(request).replace(" ", "")
+    assert encoded[-len(chat.eoi_tokens) :] == list(chat.eoi_tokens)
+    assert chat.control_tokens(request) == []
+    taken = chat.tokenizer(chat.render(request), add_special_tokens=False)["input_ids"]
+    assert sum(token in special for token in taken) > sum(token in special for token in encoded)  # control
+
+
+def test_control_tokens_that_cannot_be_encoded_as_text_are_named(monkeypatch: pytest.MonkeyPatch):
+    chat = replace(chat_of("gemma"))
+    monkeypatch.setattr(ControlTokens, "encode_plainly", lambda *_: None)
+    end = FORMATS["gemma"].tokens[-1]
+    assert chat.control_tokens(f"Say {end} or {end}") == [end]
+    assert chat.control_tokens("Say end") == []

@@ -1,6 +1,8 @@
 """Directional ablation and activation addition on a running model (paper, section 2.4).
 
-Hooks exist only inside these contexts, and no weight is changed: an intervention ends with its `with` block.
+Hooks exist only inside these contexts, and no weight is changed: an intervention ends with its `with` block. Hooks belong
+to the model: a forward in another thread meets them too, and a copy that is made inside of a context (copy.deepcopy, pickle)
+keeps them for good.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from threading import Lock, RLock
+from threading import Lock, RLock, get_ident
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,6 +59,7 @@ class ResidualStream:
         self.members = tuple(self.layers)  # since `layers` may change in place
         self.n_open = 0
         """Number of open `ablated` and `steered` contexts."""
+        self._opener = 0  # the thread that opened them
         self._ablated: list[_Ablated] = []  # orthonormal, row by row
         ids = torch.arange(3, 3 + _PROBE_TOKENS, device=execution_device(model)).unsqueeze(0)
         with in_own_dtype(), resident(*self.skeleton.outer, recurse=False), self.skeleton.explained(ids):
@@ -96,14 +99,24 @@ class ResidualStream:
 
     @contextmanager
     def _opened(self, ablated: _Ablated | None = None) -> Iterator[None]:
-        """Count an open context, and list its direction if it ablates one."""
-        self.n_open += 1
-        self._ablated += [] if ablated is None else [ablated]
+        """Count an open context, and list its direction if it ablates one.
+
+        Raises ValueError if another thread has one open: hooks act on every forward, whatever thread runs it.
+        """
+        with _lock:
+            if self.n_open and self._opener != get_ident():
+                raise ValueError(
+                    "Another thread runs this model within `ablated` or `steered`, and hooks act on the forwards of all threads. "
+                    "Give each thread a model of its own, or let one wait for the other (threading.Lock)."
+                )
+            self.n_open, self._opener = self.n_open + 1, get_ident()
+            self._ablated += [] if ablated is None else [ablated]
         try:
             yield
         finally:
-            self.n_open -= 1
-            self._ablated = [v for v in self._ablated if v is not ablated]
+            with _lock:
+                self.n_open -= 1
+                self._ablated = [v for v in self._ablated if v is not ablated]
 
     def _orthogonal_to_ablated(self, u: Tensor, eps: float) -> Tensor:
         """The component of u orthogonal to the directions ablated already, normalised; zero if it is only rounding."""
@@ -259,14 +272,15 @@ def ablated(
 
     Projects the embedding output and every attention and MLP write, in every layer and at every position. Contexts may be
     nested, as `with` blocks are: then the stream has no component along any of their directions, even if `steered` adds
-    one. Compiled models run uncompiled.
+    one. Compiled models run uncompiled. Within the context do not copy the model, since the copy would keep its hooks, and
+    run it in this thread alone; another thread cannot open a context on it meanwhile.
 
     Args:
         model: any transformers decoder with its head, also a vision-language model.
         direction: need not be normalised; (row, d_model) gives each row of the batch its own. Zero changes nothing.
 
     Raises UnsupportedModelError if the model's residual writes cannot be found, ValueError if `direction` has another width
-    than the model or is not finite, TypeError if it is not a tensor.
+    than the model or is not finite, or if another thread has a context open on the model, TypeError if it is not a tensor.
 
         with ablated(model, direction):
             model.generate(**inputs)

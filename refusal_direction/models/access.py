@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 
 import transformers
 from accelerate.utils.memory import should_reduce_batch_size
@@ -20,8 +21,9 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 
 from refusal_direction.errors import ModelAccessError, OutOfMemoryError
+from refusal_direction.models.damage import damage_of
 
-__all__ = ["access_explained", "configuration_explained", "fitting"]
+__all__ = ["access_explained", "configuration_explained", "fitting", "not_built"]
 
 _TRY_DEMO = "To try the tool without an account, use --model_id demo."
 
@@ -59,15 +61,40 @@ def fitting(model_id: str, weights: int, device: object) -> Iterator[None]:
 
 @contextmanager
 def configuration_explained(model_id: str) -> Iterator[None]:
-    """Raise ModelAccessError if transformers fails on a config.json: unknown names, impossible numbers."""
+    """Raise ModelAccessError if transformers fails on a config.json or its code: unknown names, impossible numbers."""
     try:
         yield
-    except (KeyError, AttributeError, ArithmeticError, TypeError, RuntimeError, AssertionError) as error:
-        raise ModelAccessError(
-            f"transformers {transformers.__version__} cannot build a model from the config.json of {model_id} "
-            f"({type(error).__name__}: {error}). It may be made for another version, or damaged: download it again, or use another "
-            "version of transformers."
-        ) from error
+    except (KeyError, AttributeError, ArithmeticError, TypeError, RuntimeError, AssertionError, SyntaxError) as error:
+        raise not_built(model_id, error) from error
+
+
+def not_built(model_id: str, error: Exception) -> ModelAccessError:
+    """The error for a config.json from which transformers builds no model."""
+    return ModelAccessError(
+        f"transformers {transformers.__version__} cannot build a model from the config.json of {model_id} "
+        f"({type(error).__name__}: {error}). It may be made for another version, or damaged: download it again, or use another "
+        "version of transformers."
+    )
+
+
+@contextmanager
+def _damage_explained(model_id: str) -> Iterator[None]:
+    """Raise ModelAccessError for a failure whose cause is a damaged file in the model's folder."""
+    try:
+        yield
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        EOFError,
+        RuntimeError,
+        SafetensorError,
+        UnpicklingError,
+    ) as error:
+        if found := damage_of(Path(model_id)):
+            raise ModelAccessError(found) from error
+        raise
 
 
 @contextmanager
@@ -80,7 +107,8 @@ def access_explained(model_id: str, *, adapter: bool = False, quantised: bool = 
         quantised: whether its weights are quantised, which not every machine can run.
     """
     try:
-        yield
+        with _damage_explained(model_id):
+            yield
     except ImportError as error:
         raise ModelAccessError(
             f"{model_id} needs a package that is not installed: {' '.join(str(error).split())} Install it, or use another "
@@ -94,6 +122,11 @@ def access_explained(model_id: str, *, adapter: bool = False, quantised: bool = 
         raise ModelAccessError(
             f"The weights of {model_id} cannot be read ({_first_line(error)}) A file is incomplete or damaged: download it "
             "again."
+        ) from error
+    except (UnpicklingError, EOFError) as error:
+        raise ModelAccessError(
+            f"The weights of {model_id} cannot be read: a file is damaged, or holds other objects than tensors. Download it "
+            "again, best in safetensors format."
         ) from error
     except RuntimeError as error:
         if "ignore_mismatched_sizes" in str(error):
@@ -143,20 +176,26 @@ def _explanation(error: Exception, model_id: str, adapter: bool) -> str:
     if not adapter and (Path(model_id) / "adapter_config.json").exists():
         return f"{model_id} holds an adapter, not a model. Give the model it was trained on, and --adapter {model_id}."
     if Path(model_id).exists():
-        needed = (
-            "adapter_config.json and its weights"
-            if adapter
-            else "config.json, *.safetensors weights, and tokenizer files"
-        )
-        return f"{model_id} could not be loaded: {_first_line(error)} {a_kind.capitalize()} folder needs {needed}."
+        return f"{model_id} could not be loaded: {_first_line(error)}{_needed(Path(model_id), adapter)}"
     if caused_by(RepositoryNotFoundError, HFValidationError):
         return (
             f"{model_id} is neither a folder here nor {a_kind} on the Hub that you can access. Check the spelling; a "
             f"private {kind} needs HF_TOKEN. {_TRY_DEMO}"
         )
     if not isinstance(error, OSError) or (caused_by(EntryNotFoundError) and not caused_by(LocalEntryNotFoundError)):
-        return f"{model_id} could not be loaded: {_first_line(error)}"
+        gguf = " If it holds GGUF files, name one with --gguf_file." if "config.json" in message and not adapter else ""
+        return f"{model_id} could not be loaded: {_first_line(error)}{gguf}"
     return (
         f"{model_id} could not be fetched from the Hub and is not in its local cache ({_first_line(error)}). Check the network "
         f"and the spelling, or give a local folder. {_TRY_DEMO}"
     )
+
+
+def _needed(folder: Path, adapter: bool) -> str:
+    """The files that a folder lacks a part of, in a sentence; empty if it has all."""
+    if adapter:
+        return " An adapter folder needs adapter_config.json and its weights."
+    patterns = ("config.json", "*.safetensors", "tokenizer*")
+    if all(any(folder.glob(pattern)) for pattern in patterns):
+        return ""
+    return " A model folder needs config.json, *.safetensors weights, and tokenizer files."

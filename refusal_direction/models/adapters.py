@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import re
 from importlib.metadata import version
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -12,12 +14,15 @@ from transformers.utils import cached_file
 
 from refusal_direction.errors import ConfigurationError, ModelAccessError, UnsupportedModelError
 from refusal_direction.models.access import access_explained
+from refusal_direction.models.damage import check_downloaded
+from refusal_direction.models.layers import n_embeddings
 from refusal_direction.models.placement import is_offloaded
 
 __all__ = ["add_adapter", "check_peft"]
 
 log = logging.getLogger(__name__)
 
+_SHAPES = re.compile(r"torch\.Size\(\[([\d, ]+)\]\) from checkpoint.*?torch\.Size\(\[([\d, ]+)\]\)")
 _PICKLED = "adapter_model.bin"
 _SAFE = "adapter_model.safetensors"
 
@@ -61,7 +66,7 @@ def add_adapter(model: PreTrainedModel, adapter: str, *, allow_pickle: bool = Fa
         try:
             found = wrapped.load_adapter(adapter, "default", autocast_adapter_dtype=False)
         except RuntimeError as error:
-            raise _belongs_elsewhere(adapter, model, str(error).splitlines()[-1].strip(" \t.")) from error
+            raise _mismatch(adapter, model, str(error)) from error
     unplaced = [*found.missing_keys, *found.unexpected_keys]
     if unplaced:
         raise _belongs_elsewhere(adapter, model, f"{len(unplaced)} tensors have no counterpart, such as {unplaced[0]}")
@@ -88,6 +93,7 @@ def _check_format(adapter: str, allow_pickle: bool) -> None:
         raise ModelAccessError(
             f"{adapter} has no weights: an adapter's are in {_SAFE}. Download it again, or check the network and the spelling."
         )
+    check_downloaded(Path(str(_file(adapter, _PICKLED))))
     if not allow_pickle:
         raise ModelAccessError(
             f"{adapter} has no weights in safetensors format, only {_PICKLED}. A pickle can hold code. If you trust its source, "
@@ -111,6 +117,23 @@ def _file(adapter: str, name: str) -> str | None:
     return cached_file(
         adapter, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
     )
+
+
+def _mismatch(adapter: str, model: PreTrainedModel, message: str) -> ModelAccessError:
+    """The error for weights of other shapes, or for a vocabulary that was enlarged before the adapter was trained."""
+    size = n_embeddings(model)
+    for shapes in _SHAPES.findall(message):
+        saved, own = ([int(length) for length in shape.split(",")] for shape in shapes)
+        if added := sum(
+            theirs - size for theirs, ours in zip(saved, own, strict=False) if ours == size and theirs > size
+        ):
+            return ModelAccessError(
+                f"{adapter} has a larger vocabulary than {model.name_or_path}, by {added} tokens: they were added before it was "
+                f"trained. Merge it first: load the model, model.resize_token_embeddings({size + added}), load the adapter, "
+                "merge_and_unload() and save_pretrained(), also of the adapter's tokenizer; then give that folder as --model_id, "
+                "without --adapter."
+            )
+    return _belongs_elsewhere(adapter, model, message.splitlines()[-1].strip(" \t."))
 
 
 def _belongs_elsewhere(adapter: str, model: PreTrainedModel, why: str) -> ModelAccessError:

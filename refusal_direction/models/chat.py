@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,9 +15,10 @@ from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from refusal_direction.errors import ChatTemplateError, OutOfMemoryError, PromptError, TokenizerError
+from refusal_direction.models.control_tokens import ControlTokens
 from refusal_direction.models.layers import unwrapped
 from refusal_direction.models.placement import execution_device
-from refusal_direction.models.templates import closing, pinned, settings
+from refusal_direction.models.templates import begins_oddly, closing, left_open, pinned, settings
 from refusal_direction.prompts.sets import Prompt
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ __all__ = ["SYSTEM_SAMPLE", "ChatModel"]
 _ENDINGS = ("How are you", "Is it 7?", "Name a colour.", "(yes)", "the letter x", "Sing!")
 _BATCH_SIZE = 32
 _SAMPLE = "The quick brown fox jumps over 13 lazy dogs. Why?"
+_REPLY = "Xylophones"
 SYSTEM_SAMPLE = "Xylophone"
 """A word that occurs in no template."""
 
@@ -50,13 +52,15 @@ class ChatModel:
     """Whether a reasoning model thinks before it answers."""
     adapter: str | None = None
     """Folder or Hub id of the PEFT adapter on the weights; None without one."""
+    gguf_types: Mapping[str, int] | None = None
+    """Number of weights of each type in the GGUF file that they were read from; None for other files."""
 
     def render(self, request: str) -> str:
         """Render a request with the chat template, up to the beginning of the reply.
 
         Raises ChatTemplateError if there is no template, or if it fails.
         """
-        rendered = self._rendered(self._messages(request), add_generation_prompt=True)
+        rendered = self._rendered(self._messages(request), add_generation_prompt=True) + self._opening
         return rendered + closing(rendered, self.thinking)
 
     def _messages(self, request: str) -> list[dict[str, str]]:
@@ -71,7 +75,7 @@ class ChatModel:
                 add_generation_prompt=add_generation_prompt,
                 chat_template=pinned(self._own_template(), self.thinking),
             )
-        except (ValueError, TypeError, ArithmeticError, LookupError, TemplateError) as error:
+        except (ValueError, TypeError, ArithmeticError, LookupError, RecursionError, TemplateError) as error:
             raise ChatTemplateError(
                 f"The chat template of {self.model_id} is missing or cannot be used ({error}). Use a chat model, or pass "
                 "--chat_template with a Jinja template or a file that holds one."
@@ -88,7 +92,56 @@ class ChatModel:
         return {**found, "thinking_closed_with": self._closing(), "system_prompt": self.system_prompt}
 
     def _closing(self) -> str:
-        return closing(self._rendered(self._messages("Hello"), add_generation_prompt=True), self.thinking)
+        rendered = self._rendered(self._messages("Hello"), add_generation_prompt=True) + self._opening
+        return closing(rendered, self.thinking)
+
+    @cached_property
+    def _opening(self) -> str:
+        """The text before a reply, for templates that write it there but ignore add_generation_prompt; otherwise empty."""
+        before = self._before_reply() if self._ignores_generation_prompt else None
+        return (before or "").rstrip(" ")
+
+    def _before_reply(self) -> str | None:
+        """The text that the template writes between a request and its reply; None if it does not render them in a row."""
+        prompt, (before, written, _) = self._rendered(self._messages("Hello")), self._exchange(_REPLY).partition(_REPLY)
+        return before.removeprefix(prompt) if written and before.startswith(prompt) else None
+
+    @cached_property
+    def _ignores_generation_prompt(self) -> bool:
+        messages = self._messages("Hello")
+        return self._rendered(messages) == self._rendered(messages, add_generation_prompt=True)
+
+    def _exchange(self, reply: str) -> str:
+        """A request and its reply, rendered; empty if the template takes no replies."""
+        try:
+            return self._rendered([*self._messages("Hello"), {"role": "assistant", "content": reply}])
+        except ChatTemplateError:
+            return ""
+
+    def template_warnings(self, ids: Sequence[int]) -> Iterator[str]:
+        """Warnings about the chat template.
+
+        Args:
+            ids: token ids of a prompt.
+        """
+        if beginning := begins_oddly(self.tokenizer, ids, self.model_id):
+            yield beginning
+        if self._opening:
+            yield (
+                f"The chat template of {self.model_id} ignores add_generation_prompt. Its prompts are followed by "
+                f"{self._opening!r}, which it writes before a reply."
+            )
+        elif self._ignores_generation_prompt and self._before_reply() is None:
+            yield (
+                f"The chat template of {self.model_id} ignores add_generation_prompt, and shows no text that begins a reply. If a "
+                "reply begins with one, pass --chat_template with a template that writes it."
+            )
+        if not self.thinking and (opener := left_open(self.render("Hello"))):
+            yield (
+                f"The prompts of {self.model_id} end in {opener!r}, which seems to begin thoughts, and no known text ends these: "
+                "refusal scores may be read from the first token of a thought. Pass --chat_template with one that ends in the "
+                "beginning of an answer."
+            )
 
     def check_request(self) -> None:
         """Raise ChatTemplateError if the template leaves out the request."""
@@ -115,8 +168,24 @@ class ChatModel:
         )
 
     def encode(self, request: str, reply: str = "") -> list[int]:
-        """Token ids of the rendered request and the start of a reply; special tokens come from the template."""
+        """Token ids of the rendered request and the start of a reply.
+
+        Special tokens come from the template; a request's own text is encoded as text (but see `control_tokens`).
+        """
+        if self._control.within(request):
+            plain = self._control.encode_plainly(lambda text: self.render(text) + reply, request)
+            if plain is not None:
+                return plain
         return list(self.tokenizer(self.render(request) + reply, add_special_tokens=False)["input_ids"])
+
+    def control_tokens(self, request: str) -> list[str]:
+        """Special tokens in a request's own text that are encoded as such, since the tokenizer offers no other way."""
+        found = self._control.within(request)
+        return found if found and self._control.encode_plainly(self.render, request) is None else []
+
+    @cached_property
+    def _control(self) -> ControlTokens:
+        return ControlTokens(self.tokenizer)
 
     @cached_property
     def eoi_tokens(self) -> tuple[int, ...]:
@@ -163,10 +232,7 @@ class ChatModel:
 
     def _space_before(self, reply: str) -> str:
         """The space that the template puts before a reply."""
-        prompt, exchange = (
-            self.render("Hello"),
-            self._rendered([*self._messages("Hello"), {"role": "assistant", "content": reply}]),
-        )
+        prompt, exchange = self.render("Hello"), self._exchange(reply)
         space = exchange[len(prompt) :].partition(reply)[0]
         return space if exchange.startswith(prompt) and space.isspace() else ""
 

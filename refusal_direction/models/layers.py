@@ -10,13 +10,18 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from refusal_direction.errors import UnsupportedModelError
 
-__all__ = ["find_layers", "other_blocks", "unwrapped"]
+__all__ = ["find_layers", "n_embeddings", "other_blocks", "unwrapped"]
 
 
 def unwrapped(model: PreTrainedModel) -> PreTrainedModel:
     """The model inside of a wrapper of torch.compile or peft; a model without wrapper unchanged."""
     model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def n_embeddings(model: PreTrainedModel) -> int:
+    """Number of tokens that the model knows. An adapter's wrapper of the embedding has its weight, but not its attributes."""
+    return int(model.get_input_embeddings().weight.shape[0])
 
 
 def _is_block(module: nn.Module, model: PreTrainedModel) -> bool:

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +23,7 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -29,10 +31,20 @@ from transformers import (
 from refusal_direction import demo
 from refusal_direction.config import DEMO_MODEL, Config, ModelSource
 from refusal_direction.demo import vision as demo_vision
-from refusal_direction.errors import ConfigurationError, ModelAccessError
-from refusal_direction.models.access import access_explained, configuration_explained, fitting
+from refusal_direction.errors import ConfigurationError, ModelAccessError, TokenizerError, UnsupportedModelError
+from refusal_direction.models.access import access_explained, configuration_explained, fitting, not_built
 from refusal_direction.models.adapters import add_adapter, check_peft
 from refusal_direction.models.chat import ChatModel
+from refusal_direction.models.damage import check_floating, check_texts
+from refusal_direction.models.gguf import (
+    GgufContents,
+    alone,
+    check_rotary,
+    commit_of,
+    contents_of,
+    converting,
+    gguf_file,
+)
 from refusal_direction.models.vision import VisionChatModel
 from refusal_direction.runtime import processes
 from refusal_direction.runtime.memory import free_bytes
@@ -59,7 +71,7 @@ def check_access(source: ModelSource) -> None:
     """
     _check_settings(source)
     _device(source.device)
-    if source.model_id != DEMO_MODEL:
+    if gguf_file(source) is None and source.model_id != DEMO_MODEL:
         with access_explained(source.model_id), configuration_explained(source.model_id):
             AutoConfig.from_pretrained(source.model_id, **_origin(source))
 
@@ -70,33 +82,62 @@ def load(config: Config) -> ChatModel:
 
 
 def load_chat_model(source: ModelSource | str | os.PathLike[str]) -> ChatModel:
-    """Load a chat model: a Hub id, a folder, or "demo". Weights that do not fit are offloaded to CPU memory and disk.
+    """Load a chat model: a Hub id, a folder, a GGUF file, or "demo". Weights that do not fit are offloaded to CPU memory
+    and disk.
 
     Raises ModelError (ModelAccessError if it is gated, unknown or out of reach, TokenizerError, ChatTemplateError, ...),
     ConfigurationError, OutOfMemoryError.
     """
     source = source if isinstance(source, ModelSource) else ModelSource(model_id=str(source))
-    model, tokenizer = _load(source, demo.MODEL_DIR, AutoModelForCausalLM, AutoTokenizer)
-    return _checked(ChatModel(model, tokenizer, **_identity(source, model)))
+    files = _files(source, demo.MODEL_DIR)
+    model, tokenizer = _load(source, files, AutoModelForCausalLM, AutoTokenizer)
+    return _checked(ChatModel(model, tokenizer, **_identity(source, files, model)))
 
 
 def load_vision_model(source: ModelSource | str | os.PathLike[str]) -> VisionChatModel:
     """Load a vision-language model with its processor, in the same way as `load_chat_model`, and with the same errors."""
     source = source if isinstance(source, ModelSource) else ModelSource(model_id=str(source))
-    model, processor = _load(source, demo_vision.MODEL_DIR, AutoModelForImageTextToText, AutoProcessor)
-    tokenizer = processor.tokenizer
-    return _checked(VisionChatModel(model, tokenizer, **_identity(source, model), processor=processor))
+    files = _files(source, demo_vision.MODEL_DIR)
+    if files.gguf is not None:
+        raise ConfigurationError(
+            f"{files.gguf} is a GGUF file, which transformers reads for text alone. Use the model in safetensors format, or, "
+            "for text alone, extract_refusal_direction.py."
+        )
+    model, processor = _load(source, files, AutoModelForImageTextToText, AutoProcessor)
+    return _checked(VisionChatModel(model, processor.tokenizer, **_identity(source, files, model), processor=processor))
 
 
-def _identity(source: ModelSource, model: PreTrainedModel) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Files:
+    """The place of a model's files."""
+
+    path: str
+    """Folder or Hub id."""
+    settings: dict[str, Any]
+    """Arguments of every `from_pretrained`."""
+    gguf: Path | None = None
+    contents: GgufContents | None = None
+
+
+def _files(source: ModelSource, demo_dir: Path) -> _Files:
+    _check_settings(source)
+    gguf = gguf_file(source)
+    check_texts(Path(source.model_id))
+    if gguf is not None:
+        return _Files(str(gguf.parent), {"gguf_file": gguf.name}, gguf, contents_of(gguf))
+    return _Files(str(demo_dir) if source.model_id == DEMO_MODEL else source.model_id, _origin(source))
+
+
+def _identity(source: ModelSource, files: _Files, model: PreTrainedModel) -> dict[str, Any]:
     """Fields that text and vision-language models have in common."""
     return {
         "model_id": source.model_id,
-        "revision": getattr(model.config, "_commit_hash", None),
+        "revision": commit_of(files.gguf) if files.gguf else getattr(model.config, "_commit_hash", None),
         "chat_template": _template(source.chat_template),
         "system_prompt": source.system_prompt,
         "thinking": source.thinking,
         "adapter": source.adapter,
+        "gguf_types": files.contents.types if files.contents else None,
     }
 
 
@@ -107,18 +148,17 @@ def _checked(chat: _Chat) -> _Chat:
     return chat
 
 
-def _load(source: ModelSource, demo_dir: Path, model_class: Any, tokenizer_class: Any) -> tuple[PreTrainedModel, Any]:
+def _load(source: ModelSource, files: _Files, model_class: Any, tokenizer_class: Any) -> tuple[PreTrainedModel, Any]:
     """Load the model, and its tokenizer or processor."""
-    _check_settings(source)
-    path, origin = str(demo_dir) if source.model_id == DEMO_MODEL else source.model_id, _origin(source)
     device = _device(source.device)
     with access_explained(source.model_id):
+        with configuration_explained(source.model_id), converting(files.gguf):
+            config = AutoConfig.from_pretrained(files.path, **files.settings)
+        _check_kind(source.model_id, config, model_class)
         with configuration_explained(source.model_id):
-            config = AutoConfig.from_pretrained(path, **origin)
             parameters = _parameters(config, model_class, source)
-        tokenizer = tokenizer_class.from_pretrained(path, **origin)
+        tokenizer = _tokenizer(source.model_id, files, tokenizer_class)
     dtype = _dtype(source.dtype, device, parameters)
-    settings = {**origin, **_quantization(source, config, dtype)}
     weights = parameters * _BITS.get(source.quantization or "", 8 * dtype.itemsize) // 8
     placement = _placement(source.device, device, weights)
     quantised = hasattr(config, "quantization_config") or source.quantization is not None
@@ -126,24 +166,49 @@ def _load(source: ModelSource, demo_dir: Path, model_class: Any, tokenizer_class
     with (
         access_explained(source.model_id, quantised=quantised),
         fitting(source.model_id, weights, device),
+        converting(files.gguf),
         _offload_folder(placement) as (offload, owned_by),
     ):
         model, report = model_class.from_pretrained(
-            path,
+            files.path,
             config=config,
             dtype=dtype,
             use_safetensors=safe,
             output_loading_info=True,
-            **settings,
+            **files.settings,
+            **_quantization(source, files, config, dtype),
             **placement,
             **offload,
         )
         owned_by(model)
         _try_quantised(model)
     _check_complete(source.model_id, report)
+    if not hasattr(config, "quantization_config"):
+        check_floating(Path(files.path))
+    if files.contents is not None:
+        check_rotary(files.contents, model.config, source.model_id)
     if source.adapter is not None:
         add_adapter(model, source.adapter, allow_pickle=source.allow_pickle)
     return model.eval(), tokenizer
+
+
+def _tokenizer(model_id: str, files: _Files, tokenizer_class: Any) -> Any:
+    """The tokenizer or processor.
+
+    Raises TokenizerError for files that contradict themselves, for which the package tokenizers raises a bare Exception.
+    """
+    try:
+        if files.gguf is None:
+            return tokenizer_class.from_pretrained(files.path, **files.settings)
+        with alone(files.gguf) as folder, converting(files.gguf):
+            return tokenizer_class.from_pretrained(folder, **files.settings)
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise TokenizerError(
+            f"The tokenizer of {model_id} cannot be made from its files ({error}). Download them again, or use another version "
+            "of transformers."
+        ) from error
 
 
 def _origin(source: ModelSource) -> dict[str, Any]:
@@ -153,6 +218,8 @@ def _origin(source: ModelSource) -> dict[str, Any]:
 
 def _check_settings(source: ModelSource) -> None:
     """Raise ConfigurationError, before any download, for settings that cannot be used."""
+    if not source.model_id.strip():
+        raise ConfigurationError("--model_id is empty: give a Hub id, a folder, a GGUF file, or demo.")
     if source.revision is not None and (source.model_id == DEMO_MODEL or Path(source.model_id).exists()):
         raise ConfigurationError(
             f"--revision {source.revision}: only models on the Hub have revisions, and this is a folder. Leave out --revision."
@@ -169,8 +236,23 @@ def _check_settings(source: ModelSource) -> None:
         check_peft()
 
 
-def _quantization(source: ModelSource, config: PretrainedConfig, dtype: torch.dtype) -> dict[str, Any]:
+def _check_kind(model_id: str, config: PretrainedConfig, model_class: Any) -> None:
+    """Raise UnsupportedModelError for models of which transformers would load a part as if it were a decoder."""
+    classifier = next((name for name in config.architectures or () if "Classification" in name), None)
+    if classifier is not None:
+        raise UnsupportedModelError(
+            f"{model_id} is a {classifier}, as reward models are, and writes no text. Use the chat model that it was made from."
+        )
+    if config.is_encoder_decoder and model_class is AutoModelForCausalLM:
+        raise UnsupportedModelError(
+            f"{model_id} is an encoder-decoder ({config.model_type}), but the method needs a decoder alone. Use another model."
+        )
+
+
+def _quantization(source: ModelSource, files: _Files, config: PretrainedConfig, dtype: torch.dtype) -> dict[str, Any]:
     """Settings to quantise weights while they are loaded; none for checkpoints that are quantised already."""
+    if files.gguf is not None:
+        return {"quantization_config": GgufConfig(dequantize=True)}
     if source.quantization is None:
         return {}
     if hasattr(config, "quantization_config"):
@@ -238,6 +320,10 @@ def _parameters(config: PretrainedConfig, model_class: Any, source: ModelSource)
         with torch.device("meta"):
             model = model_class.from_config(config, trust_remote_code=source.trust_remote_code)
     except ValueError as error:
+        if "trust_remote_code" in str(error):
+            raise
+        if "Unrecognized configuration class" not in str(error):
+            raise not_built(source.model_id, error) from error
         kind, other = _KINDS[model_class]
         raise ModelAccessError(
             f"{source.model_id} is a {config.model_type}, which transformers does not know as a {kind}. Use a {kind}, or, {other}."

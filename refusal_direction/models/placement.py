@@ -8,7 +8,7 @@ import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook
 from torch import nn
 
-__all__ = ["execution_device", "is_offloaded", "offload_hooks"]
+__all__ = ["execution_device", "is_offloaded", "not_finite", "offload_hooks"]
 
 
 def _hooks(modules: Iterator[nn.Module]) -> Iterator[tuple[nn.Module, AlignDevicesHook]]:
@@ -36,3 +36,12 @@ def execution_device(model: nn.Module) -> torch.device:
 def is_offloaded(model: nn.Module) -> bool:
     """Whether some weights of the model are on disk or in CPU memory, and loaded for each call."""
     return bool(offload_hooks(model.modules()))
+
+
+def not_finite(model: nn.Module) -> list[str]:
+    """Names of the weights in memory that hold infinities or NaN."""
+    return [
+        name
+        for name, weight in model.named_parameters()
+        if weight.is_floating_point() and not weight.is_meta and not weight.detach().float().isfinite().all()
+    ]

@@ -8,10 +8,12 @@ read from the first token of the reply, which should not be the first token of a
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from datetime import datetime
+from itertools import pairwise
 from typing import Any
 
-__all__ = ["closing", "pinned", "settings"]
+__all__ = ["begins_oddly", "closing", "left_open", "pinned", "settings"]
 
 _NOW = datetime(2024, 7, 26)
 _DATE = _NOW.strftime("%d %b %Y")
@@ -23,28 +25,64 @@ _CLOCK = f"{{% macro strftime_now(format) %}}{{{{ format{_REPLACED} }}}}{{% endm
 _SWITCHES = ("enable_thinking", "thinking", "reasoning")
 """Template variables that switch thinking on or off: in Qwen 3, in Granite and DeepSeek V3.1, in Command A."""
 
+_THOUGHT = r"(?i:[\w:]*(?:think|thought|reason|reflect)[\w:]*)"
+"""Names of a block of thoughts: think, seed:think, thought, thinking, reasoning, ..."""
+
 _OPENED = (
-    (re.compile(r"<think>\s*\Z"), "\n</think>\n\n"),  # DeepSeek-R1, QwQ
-    (
-        re.compile(r"<\|start\|>assistant\Z"),
-        "<|channel|>final<|message|>",
-    ),  # harmony: the reply names its channel first
+    (rf"<({_THOUGHT})>\s*", "\n</{0}>\n\n"),  # DeepSeek-R1, QwQ, Seed
+    (rf"\[({_THOUGHT})\]\s*", "[/{0}]"),  # Magistral
+    (rf"\u25c1({_THOUGHT})\u25b7\s*", "\u25c1/{0}\u25b7"),  # Kimi
+    (rf"<\|begin_of_({_THOUGHT})\|>\s*", "<|end_of_{0}|>"),  # OpenThinker
+    (rf"<\|START_({_THOUGHT})\|>\s*", "<|END_{0}|>"),  # Command A
+    (rf"<\|channel>{_THOUGHT}\s*", "<channel|>"),  # Gemma 4
+    (r"<unused94>thought\s*", "<unused95>"),  # MedGemma
+    (r"<\|start\|>assistant<\|channel\|>analysis<\|message\|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
+    (r"<\|start\|>assistant", "<|channel|>final<|message|>"),  # harmony: the reply names its channel first
 )
-"""Ends of a prompt that begin a thinking block, and the text that makes the answer follow instead."""
+"""Ends of a prompt that begin a block of thoughts, and the text that makes the answer follow instead."""
+
+_SEEMS_OPENED = re.compile(
+    rf"([<\[\u25c1](?!\|?(?i:end|no))[^<>\[\]/\s]*{_THOUGHT}[^<>\[\]/\s]*[>\]\u25b7]|<[^<>/\s]+>{_THOUGHT}):?\s*\Z"
+)
 
 
 def pinned(template: str, thinking: bool = False) -> str:
-    """The template with a fixed date, and with thinking switched on or off."""
+    """The template with a fixed date, and with thinking switched on or off.
+
+    The line break before the template, which Jinja drops after a block, leaves its first line as it is by itself.
+    """
     switches = "".join(f"{{% set {name} = {str(thinking).lower()} %}}" for name in _SWITCHES)
     clock = _CLOCK if "strftime_now" in template else ""
-    return f"{switches}{{% set date_string = '{_DATE}' %}}{clock}{template}"
+    return f"{clock}{switches}{{% set date_string = '{_DATE}' %}}\n{template}"
 
 
 def closing(rendered: str, thinking: bool = False) -> str:
     """Text to append to a rendered prompt so that the answer comes next, and no thoughts."""
     if thinking:
         return ""
-    return next((text for end, text in _OPENED if end.search(rendered)), "")
+    ends = ((re.search(rf"{end}\Z", rendered), text) for end, text in _OPENED)
+    return next((text.format(*end.groups()) for end, text in ends if end), "")
+
+
+def left_open(rendered: str) -> str | None:
+    """The end of a prompt that seems to begin thoughts, but is none that `closing` knows."""
+    found = _SEEMS_OPENED.search(rendered)
+    return found[1] if found else None
+
+
+def begins_oddly(tokenizer: Any, ids: Sequence[int], model_id: str) -> str | None:
+    """A warning if a prompt has the beginning-of-sequence token twice, or lacks one that the tokenizer adds by itself."""
+    bos = tokenizer.bos_token_id
+    if bos is None:
+        return None
+    if (bos, bos) in pairwise(ids):
+        return f"The chat template of {model_id} writes {tokenizer.bos_token} twice, which models are not trained on."
+    if bos not in ids and tokenizer("Hello")["input_ids"][:1] == [bos]:
+        return (
+            f"The chat template of {model_id} does not write {tokenizer.bos_token}, with which its tokenizer begins every text by "
+            "itself. If the model is trained with it, pass --chat_template with one that writes it."
+        )
+    return None
 
 
 def settings(template: str, thinking: bool = False) -> dict[str, Any]:

@@ -76,6 +76,10 @@ class VisionChatModel(ChatModel):
         token = getattr(self.processor, "image_token", None)
         return text.replace(token, token.strip("<>|[]")) if token else text
 
+    def control_tokens(self, request: str) -> list[str]:
+        """Special tokens in a question, which the processor encodes as such."""
+        return self._control.within(self._plain(request))
+
     def _through_template(self, prompt: Prompt) -> Any:
         content: _Content = [
             {"type": "image", "image": prompt.image},
@@ -124,6 +128,11 @@ class VisionChatModel(ChatModel):
 
     def _closing(self) -> str:
         return closing(self.render("Hello"), self.thinking)
+
+    @cached_property
+    def _ignores_generation_prompt(self) -> bool:
+        """False: processors' templates begin the reply themselves."""
+        return False
 
     def _own_template(self) -> str:
         if self._raw_prompt is not None:

@@ -100,9 +100,11 @@ def find_writes(
     # Scale the stream to the size of the writes: one that is small beside the stream would be lost in rounding.
     update = run(hidden.clone()) - hidden
     if not update.isfinite().all():
+        half = like.dtype in (torch.float16, torch.bfloat16)
         raise UnsupportedModelError(
-            f"The output of {type(layer).__name__} is not finite: its weights may be damaged, or overflow in their dtype. Try "
-            "--dtype float32, or download the weights again."
+            f"The output of {type(layer).__name__} is not finite: its weights are damaged"
+            + (", or overflow in their dtype. Try --dtype float32, or download" if half else ". Download")
+            + " them again."
         )
     hidden = hidden * (update.float().std() / hidden.float().std()).clamp(1e-3, 1e3).to(like)
     outputs, after = _record(layer, run, hidden)
