@@ -56,14 +56,13 @@ class Baseline:
 
     def renumbered(self, order: Sequence[int]) -> Baseline:
         """The baseline of these prompts alone, numbered as they stand in `order`."""
-        number = {prompt: index for index, prompt in enumerate(order)}
-        places = [place for place, prompt in enumerate(self.activations_of) if prompt in number]
+        numbered, place = list(enumerate(order)), {prompt: place for place, prompt in enumerate(self.activations_of)}
         return Baseline(
             refusal=self.refusal[list(order)],
             probability=self.probability[list(order)],
-            activations=self.activations[places],
-            activations_of=tuple(number[self.activations_of[place]] for place in places),
-            logits={number[prompt]: logits for prompt, logits in self.logits.items() if prompt in number},
+            activations=self.activations[[place[prompt] for _, prompt in numbered if prompt in place]],
+            activations_of=tuple(number for number, prompt in numbered if prompt in place),
+            logits={number: self.logits[prompt] for number, prompt in numbered if prompt in self.logits},
         )
 
 
