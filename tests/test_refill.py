@@ -135,7 +135,10 @@ def test_without_reserves_nothing_is_drawn() -> None:
 
 ANYTHING = Thresholds(kl_threshold=100.0, induce_threshold=-100.0)
 CONFIG = Config(
-    model=ModelSource("demo"), prompts=PromptSource(n_train=8, n_val=8, n_test=3, seed=5), thresholds=ANYTHING, search="pruned"
+    model=ModelSource("demo"),
+    prompts=PromptSource(n_train=8, n_val=8, n_test=3, seed=5),
+    thresholds=ANYTHING,
+    search="pruned",
 )
 
 
