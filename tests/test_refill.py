@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refusal_direction import ChatModel, PromptSets, RunResult, demo, extract, load_run
-from refusal_direction.config import Config, ModelSource, PromptSource, Thresholds
+from refusal_direction.config import VISION_CONFIG, Config, ModelSource, PromptSource, Thresholds
 from refusal_direction.engine import Engine
 from refusal_direction.errors import TooFewPromptsError
 from refusal_direction.output import artifacts
@@ -281,3 +281,16 @@ def test_scores_of_other_prompts_are_not_taken_for_those_of_a_refilled_run(
     assert found.prompts[HARMFUL_VAL].ids != refilled.prompts[HARMFUL_VAL].ids
     assert_same(expected.scores, found.scores)
     assert_same(expected.prompts, found.prompts)
+
+
+@pytest.mark.extended
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:transformers.*")
+def test_images_with_text_are_refilled_before_the_most_fitting_are_taken() -> None:
+    few = PromptSource(n_train=8, n_val=8, n_test=3)
+    config = replace(VISION_CONFIG, model=ModelSource("demo"), prompts=few, search="pruned")
+    drawn = gather(config)
+    answered = drawn.reserves[Kind.HARMLESS, Split.VALIDATION][:6]
+    found = extract("demo", config, prompts=replace(drawn, harmful_val=(*drawn.harmful_val[:2], *answered)))
+    record = found.prompts[HARMFUL_VAL]
+    assert (record.kept[:2], len(record.kept), record.further) == ((0, 1), 8, 6)
+    assert not [warning for warning in found.warnings if "most fitting" in warning]
