@@ -13,15 +13,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from apart import apart
 from scoring import random_gemma, tokenizer_for
 
 from refusal_direction.config import DEMO_MODEL, VISION_CONFIG, Config, ModelSource, PromptSource
-from refusal_direction.errors import NoCandidateError
 from refusal_direction.estimate import inspect
 from refusal_direction.pipeline import extract
-from refusal_direction.runtime.memory import peak_bytes
 
 
 def large(folder: Path, options: argparse.Namespace) -> Config:
@@ -43,10 +40,7 @@ def _pair(name: str, options: argparse.Namespace) -> tuple[float, float, int, in
         )
         cost = inspect(config).cost
         begin = time.perf_counter()
-        try:
-            memory = extract(config.model.model_id, config).peak_memory_bytes
-        except NoCandidateError:  # of a random model, after all the work
-            memory = peak_bytes(torch.device("cpu"))
+        memory = extract(config.model.model_id, config).peak_memory_bytes
         return cost.seconds, time.perf_counter() - begin, cost.memory, memory
 
 

@@ -1,6 +1,7 @@
 """The command line: progress, printed results and errors, exit codes. Nothing else in a run prints.
 
-Exit codes: 0 done; 2 an error that the user can fix (see errors.py); 130 interrupted.
+Exit codes: 0 done; 2 an error that the user can fix (see errors.py); 3 no candidate meets every condition, and the results
+without a direction are written; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from refusal_direction.config import CHECKPOINTS, VISION_CONFIG, Config
-from refusal_direction.errors import OutputError, RefusalDirectionError, UnsupportedModelError
+from refusal_direction.errors import NoCandidateError, OutputError, RefusalDirectionError, UnsupportedModelError
 from refusal_direction.flags import parse
 from refusal_direction.runtime import processes
 
@@ -84,8 +85,11 @@ def _run(config: Config) -> None:
     if not first:
         return
     artifacts.write(result, config.output_dir)
-    forget(config.output_dir)
-    _show(f"{result}\n\n{text.files(config)}")
+    if result.selection.index is not None:
+        forget(config.output_dir)
+    _show(f"{result}\n\n{text.files(result)}")
+    if result.selection.index is None:  # checkpoints stay, for --resume with other thresholds
+        raise NoCandidateError(f"{result.selection.explanation}\nAll scores are in {config.output_dir}/.")
     if config.sanity:
         _show("\n" + text.completions(result, ready.chat, ready.prompts))
 
@@ -177,7 +181,7 @@ def _main(argv: Sequence[str] | None, defaults: Config) -> int:
             print(
                 "The scores measured so far are kept: --resume continues, also with other thresholds.", file=sys.stderr
             )
-        return 2
+        return 3 if isinstance(error, NoCandidateError) else 2
     except KeyboardInterrupt:
         kept = " The finished passes are kept: --resume continues from there." if _resumable(config, before) else ""
         print(

@@ -183,10 +183,17 @@ class Config:
         None, "most memory beside the model, as 512MiB or 4GB", metavar="SIZE", group="model", size=True
     )
     skip_filter: bool = _setting(False, "keep prompts whatever their baseline refusal score", group="prompts")
+    no_refill: bool = _setting(False, "draw no further prompts where fewer than half pass the filter", group="prompts")
     refusal_tokens: tuple[str | int, ...] = _setting(
         (), "first tokens of a refusal: text or ids", metavar="TOKEN", group="method"
     )
     calibrate_refusal: bool = _setting(False, "find them in the model's own replies", group="method")
+    select: str = _setting(
+        "best",
+        "where no candidate meets every condition: best selects none, nearest the one that misses by least",
+        choices=("best", "nearest"),
+        group="method",
+    )
     search: str | None = _setting(
         None,
         "exhaustive scores every candidate; pruned selects the same candidate with less work",
@@ -208,6 +215,7 @@ class Config:
             raise ConfigurationError(f"methods: give a tuple of names of methods, not {self.methods!r}.")
         for name in ("refusal_tokens", "methods"):
             object.__setattr__(self, name, tuple(getattr(self, name)))  # a list is accepted too
+        _require(self.select in ("best", "nearest"), "select", self.select, "best or nearest")
         if self.refusal_tokens and self.calibrate_refusal:
             raise ConfigurationError("--refusal_tokens and --calibrate_refusal exclude each other: give one.")
         if self.thresholds.top_k_candidates is not None and not self.rules.images:

@@ -13,10 +13,10 @@
     │   ├── ChatTemplateError      no chat template, or one that cannot be used
     │   ├── RefusalTokenError      refusal tokens that are not in the vocabulary, or that calibration does not find
     │   └── UnsupportedModelError  a model on which the method would give wrong results
-    ├── NoCandidateError           no candidate direction passes every condition
+    ├── NoCandidateError           no candidate direction passes every condition; results are written all the same
     └── OutOfMemoryError           the weights, or not even one row beside them, do not fit
 
-The command line prints these and exits with 2; any other exception is a bug and keeps its traceback.
+The command line prints these and exits with 2, or 3 for NoCandidateError; any other exception is a bug and keeps its traceback.
 From Python `ablated` and `steered` also raise ValueError, TypeError or IndexError for arguments that cannot be used.
 """
 
@@ -94,7 +94,10 @@ class UnsupportedModelError(ModelError):
 
 
 class NoCandidateError(RefusalDirectionError):
-    """No candidate direction passes every condition of the selection."""
+    """No candidate direction passes every condition of the selection.
+
+    Raised where the direction of such a run is asked for; its scores are in the result and in its files.
+    """
 
 
 class OutOfMemoryError(RefusalDirectionError):

@@ -73,6 +73,8 @@ def _options(field: Field[Any], value: Any, annotation: Any, defaults: Config) -
         return {**options, "action": "store_true"}
     if metavar := _text(metadata, "metavar", defaults):
         options["metavar"] = metavar
+    if "choices" in metadata:
+        options["choices"] = metadata["choices"]
     if field.name == "search":
         options["choices"] = defaults.rules.searches
         options["help"] += f" (default: {defaults.rules.searches[0]})"

@@ -36,18 +36,26 @@ from refusal_direction.models.placement import execution_device, not_finite
 from refusal_direction.models.refusal_tokens import ProbabilityQuartiles, RefusalTokens
 from refusal_direction.models.vision import VisionChatModel
 from refusal_direction.prompts.sets import Kind, PromptSets, Split
-from refusal_direction.records import eoi_tokens, model_record, prompt_records, train_activations, versions
+from refusal_direction.records import (
+    eoi_tokens,
+    model_record,
+    prompt_records,
+    refusal_probability,
+    train_activations,
+    versions,
+)
 from refusal_direction.results import EngineRecord, RunResult
 from refusal_direction.runtime import processes
 from refusal_direction.runtime.checkpoints import Checkpoints
 from refusal_direction.runtime.log import RunLog, StageTimer, recorded_warnings
 from refusal_direction.runtime.memory import peak_bytes
-from refusal_direction.runtime.store import NO_CHECKPOINTS, CheckpointStore
+from refusal_direction.runtime.store import NO_CHECKPOINTS, CheckpointStore, Scoped
 from refusal_direction.scoring.baseline import Baseline, baseline_bytes, measure_baseline
 from refusal_direction.scoring.passes import Progress
 from refusal_direction.scoring.requests import ScoringContext
-from refusal_direction.selection.conditions import layer_limit
-from refusal_direction.selection.filter import filter_prompts
+from refusal_direction.selection.conditions import check_layers
+from refusal_direction.selection.filter import filter_prompts, warn_few
+from refusal_direction.selection.refill import refill
 from refusal_direction.selection.searches import select_direction
 
 if TYPE_CHECKING:
@@ -79,6 +87,9 @@ def extract(
         progress: called once for each pass over the weights; None shows nothing.
         checkpoint_dir: a folder for checkpoints, which `Config.resume` uses and `runtime.checkpoints.forget` removes; None
             keeps none.
+
+    Where no candidate meets every condition, the result has every score but no direction; asking for it raises NoCandidateError
+    with the nearest misses.
 
     Raises RefusalDirectionError: see refusal_direction.errors for every case.
     """
@@ -138,9 +149,10 @@ def prepared(
 def run(ready: Prepared, *, progress: Progress | None = None, checkpoint_dir: str | Path | None = None) -> RunResult:
     """Run the method on prepared inputs; the arguments are those of `extract`.
 
-    Raises ConfigurationError, TooFewPromptsError, UnsupportedModelError, NoCandidateError, OutOfMemoryError.
+    Raises ConfigurationError, TooFewPromptsError, UnsupportedModelError, OutOfMemoryError.
     """
-    config, engine, timer = ready.config, ready.engine, RunLog(dict(ready.seconds))
+    config, timer = ready.config, RunLog(dict(ready.seconds))
+    asked = {which: len(members) for which, members in ready.prompts.indices().items()}
     if config.resume and checkpoint_dir is None:
         raise ConfigurationError("resume needs checkpoint_dir: the folder with the checkpoints of the interrupted run.")
     progress = progress or _silent
@@ -148,8 +160,12 @@ def run(ready: Prepared, *, progress: Progress | None = None, checkpoint_dir: st
     with timer("baseline"):
         baseline = _baseline(ready, progress, store, timer)
         _check_finite(baseline, ready.chat)
+        ready, baseline, store = _refilled(ready, baseline, progress, store, timer)
         probability = _diagnosed(baseline, ready)
-        kept = filter_prompts(baseline.refusal, ready.prompts.indices(), skip=config.skip_filter, rules=config.rules)
+        sets = ready.prompts.indices()
+        kept = filter_prompts(baseline.refusal, sets, skip=config.skip_filter, rules=config.rules, asked=asked)
+        warn_few(kept, sets, asked)
+    engine = ready.engine
     candidates = make_candidates(config.methods, *(baseline.activations_at(kept[kind, Split.TRAIN]) for kind in Kind))
     context = ScoringContext(engine, ready.tokens.ids, candidates, baseline, kept, store, timer)
     with timer("interventions"):
@@ -164,7 +180,7 @@ def run(ready: Prepared, *, progress: Progress | None = None, checkpoint_dir: st
         eoi_tokens=eoi_tokens(ready.chat),
         refusal_tokens=ready.tokens,
         refusal_probability=probability,
-        prompts=prompt_records(ready.prompts, kept, baseline),
+        prompts=prompt_records(ready.prompts, kept, baseline, asked=asked),
         candidates=Candidates(candidates.vectors.float().cpu(), candidates.labels),
         scores=scores,
         selection=selection,
@@ -190,12 +206,14 @@ def _prepare(
             check_access(config.model)
     with timer("prompts"):
         prompts = prompts or prompt_sources.gather(config, progress=progress)
+        if config.skip_filter or config.no_refill:
+            prompts = replace(prompts, reserves={})
     if not all(prompts.indices().values()):
         raise TooFewPromptsError("A set of prompts is empty. Each train and validation set needs at least one.")
     with timer("model"):
         chat = chat or load(config)
         stream = ResidualStream(chat.model)
-        _check_layers(config, len(stream.layers))
+        check_layers(config, len(stream.layers))
         tokens = _tokens(config, chat, prompts)
         engine = _engine(config, chat, prompts, stream)
     return Prepared(config, chat, prompts, tokens, engine, given, timer.seconds, warnings)
@@ -304,14 +322,6 @@ def _warn_of_control_tokens(chat: ChatModel, prompts: PromptSets) -> None:
         )
 
 
-def _check_layers(config: Config, n_layers: int) -> None:
-    """Raise ConfigurationError if --prune_layers leaves no layer, unless the condition can be dropped."""
-    if layer_limit(n_layers, config.thresholds) < 1 and not config.rules.relaxing:
-        raise ConfigurationError(
-            f"--prune_layers {config.thresholds.prune_layers:g} leaves none of {n_layers} layers to select from. Lower it."
-        )
-
-
 def _check_finite(baseline: Baseline, chat: ChatModel) -> None:
     """Raise UnsupportedModelError if the model's own logits are not numbers, with a remedy that can help."""
     if not baseline.refusal.isnan().any():
@@ -348,9 +358,49 @@ def _checkpoints(folder: Path, ready: Prepared) -> Checkpoints:
     return Checkpoints(folder, same, resume=ready.config.resume)
 
 
-def _baseline(ready: Prepared, progress: Progress, store: CheckpointStore, timer: RunLog) -> Baseline:
+def _refilled(
+    ready: Prepared, baseline: Baseline, progress: Progress, store: CheckpointStore, timer: RunLog
+) -> tuple[Prepared, Baseline, CheckpointStore]:
+    """Draw further prompts where fewer than half of a set pass the filter, and make the engine of all."""
+    latest = ready
+
+    def measure(more: PromptSets) -> Baseline:
+        nonlocal latest
+        latest = _with_prompts(latest, more)
+        key = f"baseline-{_prompts_key(store, latest.engine)}"
+        found = _baseline(latest, progress, store, timer, name="Pass 1: further prompts", key=key)
+        _check_finite(found, ready.chat)
+        return found
+
+    refilled = refill(ready.prompts, baseline, measure)
+    if latest is ready:
+        return ready, baseline, store
+    ready = _with_prompts(latest, refilled.prompts)
+    return ready, refilled.baseline, Scoped(store, _prompts_key(store, ready.engine))
+
+
+def _with_prompts(ready: Prepared, prompts: PromptSets) -> Prepared:
+    """The same inputs with other prompts, and an engine for them that runs as the engine before."""
+    engine = _engine(ready.config, ready.chat, prompts, ready.engine.stream)
+    engine.adopt(ready.engine.name)
+    return replace(ready, prompts=prompts, engine=engine)
+
+
+def _prompts_key(store: CheckpointStore, engine: Engine) -> str:
+    return store.key(*(tensor for inputs in engine.prompts for _, tensor in sorted(inputs.items())))
+
+
+def _baseline(
+    ready: Prepared,
+    progress: Progress,
+    store: CheckpointStore,
+    timer: RunLog,
+    *,
+    name: str = "Pass 1: baseline",
+    key: str = "baseline",
+) -> Baseline:
     indices, engine = ready.prompts.indices(), ready.engine
-    with progress("Pass 1: baseline", len(engine.prompts) * len(engine.stream.layers)) as tick:
+    with progress(name, len(engine.prompts) * len(engine.stream.layers)) as tick:
         return measure_baseline(
             engine,
             ready.tokens.ids,
@@ -359,19 +409,14 @@ def _baseline(ready: Prepared, progress: Progress, store: CheckpointStore, timer
             logits_of=indices[Kind.HARMLESS, Split.VALIDATION],
             tick=tick,
             store=store,
+            key=key,
             log=timer,
         )
 
 
 def _diagnosed(baseline: Baseline, ready: Prepared) -> dict[Kind, ProbabilityQuartiles]:
     """Quartiles of the refusal tokens' probability; warns if they suggest that the tokens are the wrong ones."""
-    indices = ready.prompts.indices()
-    quartiles = {
-        kind: ProbabilityQuartiles.of(
-            baseline.probability[indices[kind, Split.TRAIN] + indices[kind, Split.VALIDATION]]
-        )
-        for kind in Kind
-    }
+    quartiles = refusal_probability(ready.prompts, baseline)
     by_name = {kind.value: found for kind, found in quartiles.items()}
     if diagnosis := refusal_tokens.diagnose(ready.tokens, **by_name):
         log.warning("%s", diagnosis)

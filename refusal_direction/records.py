@@ -13,6 +13,7 @@ import torch
 from refusal_direction.models.chat import ChatModel
 from refusal_direction.models.gguf import weight_type
 from refusal_direction.models.placement import execution_device
+from refusal_direction.models.refusal_tokens import ProbabilityQuartiles
 from refusal_direction.prompts.sets import SETS, SETS_FOR_SELECTION, Kind, PromptSet, PromptSets, Split
 from refusal_direction.results import ModelRecord, PromptRecord, Token
 from refusal_direction.scoring.baseline import Baseline
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-__all__ = ["eoi_tokens", "model_record", "prompt_records", "train_activations", "versions"]
+__all__ = ["eoi_tokens", "model_record", "prompt_records", "refusal_probability", "train_activations", "versions"]
 
 
 def model_record(chat: ChatModel, *, n_layers: int, d_model: int) -> ModelRecord:
@@ -57,7 +58,11 @@ def eoi_tokens(chat: ChatModel) -> tuple[Token, ...]:
 
 
 def prompt_records(
-    prompts: PromptSets, kept: Mapping[PromptSet, Sequence[int]], baseline: Baseline
+    prompts: PromptSets,
+    kept: Mapping[PromptSet, Sequence[int]],
+    baseline: Baseline,
+    *,
+    asked: Mapping[PromptSet, int],
 ) -> dict[PromptSet, PromptRecord]:
     """The records of all sets of prompts.
 
@@ -65,6 +70,7 @@ def prompt_records(
         prompts: as drawn.
         kept: the prompts that the filter left.
         baseline: of the train and validation prompts.
+        asked: the number of train and validation prompts drawn at first.
     """
     indices, records = prompts.indices(), {}
     for which in SETS:
@@ -76,8 +82,16 @@ def prompt_records(
             left = list(range(size))
             refusal = probability = torch.full((size,), torch.nan, dtype=torch.float64)
         ids = tuple(prompt.id for prompt in prompts[which])
-        records[which] = PromptRecord(ids, tuple(left), prompts.digest(which), refusal, probability)
+        further = size - asked.get(which, size)
+        records[which] = PromptRecord(ids, tuple(left), prompts.digest(which), refusal, probability, further)
     return records
+
+
+def refusal_probability(prompts: PromptSets, baseline: Baseline) -> dict[Kind, ProbabilityQuartiles]:
+    """Quartiles of the refusal tokens' probability over the train and validation prompts of each kind."""
+    indices = prompts.indices()
+    members = {kind: indices[kind, Split.TRAIN] + indices[kind, Split.VALIDATION] for kind in Kind}
+    return {kind: ProbabilityQuartiles.of(baseline.probability[own]) for kind, own in members.items()}
 
 
 def train_activations(

@@ -16,7 +16,7 @@ from refusal_direction.config import DIFFERENCE_OF_MEANS, Config
 from refusal_direction.models.refusal_tokens import ProbabilityQuartiles, RefusalTokens
 from refusal_direction.prompts.sets import Kind, PromptSet, Split
 from refusal_direction.scoring.scores import CandidateScore, Scores
-from refusal_direction.selection.conditions import Rejection
+from refusal_direction.selection.filter import passes
 from refusal_direction.selection.result import SelectionResult
 
 if TYPE_CHECKING:
@@ -95,6 +95,8 @@ class PromptRecord:
     """Baseline refusal scores of the prompts drawn; NaN where not measured."""
     probability: Float[Tensor, "prompt"] = field(repr=False)
     """Baseline probability of the refusal tokens; NaN where not measured."""
+    further: int = 0
+    """The number of prompts, the last of those drawn, that were drawn because fewer than half of the others passed the filter."""
 
     @property
     def kept_ids(self) -> tuple[str, ...]:
@@ -149,47 +151,60 @@ class RunResult:
 
     @property
     def label(self) -> CandidateLabel:
-        """The label of the selected candidate."""
-        return self.candidates.labels[self.selection.index]
+        """The label of the selected candidate.
+
+        Raises NoCandidateError, with the nearest misses, if there is none.
+        """
+        return self.candidates.labels[self.selection.selected]
 
     @property
     def direction(self) -> Direction:
-        """The selected direction."""
-        label, vector = self.label, self.candidates.vectors[self.selection.index]
+        """The selected direction.
+
+        Raises NoCandidateError, with the nearest misses and the thresholds they need, if none was selected.
+        """
+        label, vector = self.label, self.candidates.vectors[self.selection.selected]
         return Direction(vector.float().clone(), label.layer, label.position, self.model.model_id, label.method)
 
 
 def table(run: RunResult) -> str:
-    """The selected direction and its scores, as a Markdown table. Errors are standard errors over the prompts."""
+    """The selected direction and its scores, as a Markdown table. Errors are standard errors over the prompts.
+
+    Where none was selected, the nearest miss stands in its place.
+    """
     selection = run.selection
+    shown = selection.index if selection.index is not None else next((miss.index for miss in selection.misses), None)
     harmful, harmless = (run.prompts[kind, Split.VALIDATION].kept_refusal for kind in Kind)
+    ablation, steering, kl = (
+        "—" if shown is None else _with_error(values[shown], digits)
+        for values, digits in ((run.scores.ablation, 2), (run.scores.steering, 2), (run.scores.kl, 3))
+    )
     rows = [
-        ("Metric", "With direction", "Baseline"),
-        (
-            f"Ablation refusal score ({len(harmful)} harmful prompts)",
-            _with_error(run.scores.ablation[selection.index]),
-            _with_error(harmful),
-        ),
-        (
-            f"Steering refusal score ({len(harmless)} harmless prompts)",
-            _with_error(run.scores.steering[selection.index]),
-            _with_error(harmless),
-        ),
-        ("KL divergence (harmless, ablated)", _with_error(run.scores.kl[selection.index], 3), "—"),
+        ("Metric", "With direction" if selection.index is not None else "Nearest miss", "Baseline"),
+        (f"Ablation refusal score ({len(harmful)} harmful prompts)", ablation, _with_error(harmful)),
+        (f"Steering refusal score ({len(harmless)} harmless prompts)", steering, _with_error(harmless)),
+        ("KL divergence (harmless, ablated)", kl, "—"),
     ]
-    title = f"Refusal direction of {run.model.model_id}: {run.label} (of {run.model.n_layers} layers)"
     return "\n".join(
         [
-            title,
+            _title(run),
             "",
             *_markdown(rows),
             *_shortcomings(selection),
+            *_filtered(run.prompts),
             "",
             _refusal_tokens(run),
             *_effort(selection),
             *_ties(selection),
         ]
     )
+
+
+def _title(run: RunResult) -> str:
+    model, n_layers = run.model.model_id, run.model.n_layers
+    if run.selection.index is not None:
+        return f"Refusal direction of {model}: {run.label} (of {n_layers} layers)"
+    return f"No refusal direction of {model} was selected (from {len(run.candidates)} candidates in {n_layers} layers)"
 
 
 def _with_error(values: Tensor, digits: int = 2) -> str:
@@ -207,17 +222,30 @@ def _markdown(rows: list[tuple[str, str, str]]) -> Iterator[str]:
 
 
 def _shortcomings(selection: SelectionResult) -> list[str]:
-    """The conditions asked for that the selected candidate violates, because no candidate met them (images with text)."""
-    asked = selection.conditions_asked
-    words = {
-        Rejection.LAYER: f"its layer is not below {asked.layer_limit:g}",
-        Rejection.KL: f"its KL is above {asked.kl_threshold:g}",
-        Rejection.STEERING: f"its steering score is below {asked.induce_threshold:.2f}",
-    }
-    failed = [words[violated] for violated in asked.violations(selection.score) if violated in words]
-    if not failed:
+    """The conditions asked for that the candidate in the table violates, because no candidate met them."""
+    if selection.index is None:
+        nearest = [f"The nearest miss, {miss.score.label}, needs {miss.flags}." for miss in selection.misses[:1]]
+        return ["", *(f"No candidate meets every condition. {one}" for one in nearest or [selection.explanation])]
+    if not selection.shortcomings:
         return []
-    return ["", f"No candidate meets every condition. This one may not carry refusal at all: {', and '.join(failed)}."]
+    one = "This one, the nearest miss," if selection.selected_as == "nearest" else "This one"
+    return [
+        "",
+        f"No candidate meets every condition. {one} may not carry refusal at all: {', '.join(selection.shortcomings)}.",
+    ]
+
+
+def _filtered(prompts: Mapping[PromptSet, PromptRecord]) -> list[str]:
+    """The number of prompts that pass the filter, of the sets of which it left some out."""
+    parts = []
+    for kind, behaviour in ((Kind.HARMFUL, "refused"), (Kind.HARMLESS, "answered")):
+        counts = [
+            f"{int(passes(kind, record.refusal).sum())} of {len(record.ids)} {kind.value} {name} prompts"
+            for split, name in ((Split.TRAIN, "training"), (Split.VALIDATION, "validation"))
+            if len((record := prompts[kind, split]).kept) < len(record.ids)
+        ]
+        parts += [f"{' and '.join(counts)} are {behaviour}"] if counts else []
+    return ["", fill(f"Without intervention {', '.join(parts)}.", width=_WIDTH)] if parts else []
 
 
 def _refusal_tokens(run: RunResult) -> str:
@@ -236,9 +264,10 @@ def _effort(selection: SelectionResult) -> list[str]:
     """The savings of a pruned search."""
     if selection.search != "pruned":
         return []
-    share = selection.evaluations / selection.exhaustive_evaluations
+    share = selection.evaluations / max(selection.exhaustive_evaluations, 1)
+    proven = "prove the selection" if selection.selected_as == "best" else "show that none passes"
     return [
-        f"Pruned search: {selection.evaluations} prompt evaluations in {selection.n_passes} passes prove the selection "
+        f"Pruned search: {selection.evaluations} prompt evaluations in {selection.n_passes} passes {proven} "
         f"({share:.0%} of the {selection.exhaustive_evaluations} that score every candidate)."
     ]
 

@@ -15,13 +15,14 @@ from PIL import Image
 from safetensors import safe_open
 
 from refusal_direction import load_direction, load_run
-from refusal_direction.config import TEXT, VISION
-from refusal_direction.errors import OutputError
+from refusal_direction.config import TEXT, VISION, Rules
+from refusal_direction.errors import NoCandidateError, OutputError
 from refusal_direction.output import artifacts
-from refusal_direction.output.artifacts import file_names
+from refusal_direction.output.artifacts import file_names, written_files
 from refusal_direction.prompts import Kind, Prompt, PromptSets, Split
 from refusal_direction.prompts.sets import SETS, set_name
 from refusal_direction.results import RunResult
+from refusal_direction.selection.conditions import Rejection
 
 
 def marked(extraction: RunResult, mark: str) -> RunResult:
@@ -205,6 +206,74 @@ def test_a_crash_never_leaves_the_activations_of_another_run(
     assert (survivor.activations is not None) == (survivor.model.model_id == kept)
     if survivor.activations is not None:
         assert all(torch.equal(survivor.activations[kind], runs[kept].activations[kind]) for kind in Kind)  # type: ignore[index]
+
+
+def without_selection(extraction: RunResult) -> RunResult:
+    """The same scores under conditions that no candidate meets."""
+    selection = extraction.selection
+    conditions = replace(selection.conditions, kl_threshold=-1.0)
+    rejections = tuple(Rejection.KL if found in (None, Rejection.NOT_BEST) else found for found in selection.rejections)
+    unselected = replace(
+        selection, index=None, ties=(), rejections=rejections, conditions=conditions, conditions_asked=conditions
+    )
+    return replace(extraction, selection=unselected)
+
+
+@pytest.mark.parametrize("operation", ["replace", "fsync", "unlink", "rmdir"])
+@pytest.mark.parametrize("calls", range(9))
+@pytest.mark.parametrize("unselected", ["old", "new"])
+def test_a_crash_never_leaves_the_direction_of_another_run(
+    extraction: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str, calls: int, unselected: str
+):
+    """Nor that of a run beside files of a run that selected none."""
+    runs = {mark: with_activations(marked(extraction, mark)) for mark in ("old", "new")}
+    runs[unselected] = without_selection(marked(extraction, unselected))
+    artifacts.write(runs["old"], tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, operation, failing_after(calls, getattr(os, operation), KeyboardInterrupt()))
+        with contextlib.suppress(KeyboardInterrupt):
+            artifacts.write(runs["new"], tmp_path)
+    survivor = load_run(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == set(written_files(survivor))
+    assert (survivor.selection.index is None) == (survivor.model.model_id == unselected)
+    assert (survivor.activations is None) == (survivor.model.model_id == unselected)
+    if survivor.selection.index is None:
+        with pytest.raises(NoCandidateError):
+            load_direction(tmp_path)
+    else:
+        assert load_direction(tmp_path).model_id == survivor.model.model_id
+
+
+@pytest.mark.parametrize("rules", [TEXT, VISION], ids=["text", "images"])
+def test_a_run_without_a_selection_says_why_in_its_metadata(extraction: RunResult, tmp_path: Path, rules: Rules):
+    config = replace(extraction.config, rules=rules)
+    names = set(file_names(rules))
+    direction, metadata = (
+        next(name for name in names if name.startswith(stem)) for stem in ("refusal_direction", "direction_metadata")
+    )
+    artifacts.write(replace(extraction, config=config), tmp_path)
+    assert json.loads((tmp_path / metadata).read_text())["selected"] == "best"
+    run = without_selection(replace(extraction, config=config))
+    artifacts.write(run, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == names - {direction} == set(written_files(run))
+    stored = json.loads((tmp_path / metadata).read_text())
+    assert stored["selected"] is None
+    assert stored["discarded"]["KL > 0.1 (--kl_threshold)"] > 0
+    assert "candidates passes every condition" in stored["explanation"]
+    (nearest, *_) = stored["nearest_misses"]
+    score = run.selection.misses[0].score
+    assert (nearest["position"], nearest["layer"], nearest["kl_div"]) == (score.position, score.layer, score.kl_div)
+    assert "kl" in nearest["violated"]
+    assert nearest["needs"]["kl_threshold"] == pytest.approx(score.kl_div, abs=1e-3)
+    assert not {"layer", "position"} & stored.keys()
+
+
+def test_the_direction_of_a_run_without_a_selection_is_explained(extraction: RunResult, tmp_path: Path):
+    artifacts.write(extraction, tmp_path)
+    run = without_selection(extraction)
+    artifacts.write(run, tmp_path)
+    with pytest.raises(NoCandidateError, match="selected no direction(.|\n)*The nearest misses(.|\n)*--select nearest"):
+        load_direction(tmp_path)
 
 
 def test_a_full_disk_leaves_the_old_set_untouched(

@@ -20,6 +20,7 @@ from refusal_direction.config import (
     PromptSource,
     Thresholds,
 )
+from refusal_direction.engine import Engine
 from refusal_direction.engine.interventions import ResidualStream
 from refusal_direction.errors import UnsupportedModelError
 from refusal_direction.flags import parse
@@ -50,6 +51,7 @@ PARTS = {"model": ModelSource, "prompts": PromptSource, "thresholds": Thresholds
 """The parts of a configuration, by their field in it."""
 OWN_VALUES = {
     "search": "pruned",
+    "select": "nearest",
     "harmful": Path("bad.txt"),
     "harmless": Path("good.txt"),
     "refusal_tokens": ("I", "As"),
@@ -217,7 +219,6 @@ def test_calibration_is_recorded(tmp_path: Path):
         (["--chat_template", "{{ bos_token }}<start_of_turn>model"], "leaves out the request"),
         (["--refusal_tokens", "I", "--calibrate_refusal"], "exclude each other"),
         (["--refusal_tokens", "a"], "The filter left too few prompts"),
-        (["--kl_threshold", "-1"], "None of"),
         (["--chat_template", "{{ messages }"], "chat template"),
         (["--dtype", "int3"], "--dtype int3 is not known"),
         (["--revision", "main"], "only models on the Hub have revisions"),
@@ -241,8 +242,62 @@ def test_an_error_is_one_message_without_traceback_and_exit_code_2(
 
 def test_what_is_kept_is_said_again_after_another_try(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for more in ((), ("--resume",), ("--resume",)):
-        assert run("--kl_threshold", "-1", *more, output=tmp_path) == 2
+        assert run("--kl_threshold", "-1", *more, output=tmp_path) == 3
         assert "The scores measured so far are kept: --resume continues" in capsys.readouterr().err
+
+
+WITHOUT_DIRECTION = set(file_names(TEXT)) - {"refusal_direction.pt"}
+
+
+@pytest.mark.parametrize("search", ["exhaustive", "pruned"])
+def test_where_no_candidate_passes_every_score_is_written_and_the_nearest_misses_are_shown(
+    search: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert run("--search", search, output=tmp_path) == 0  # its direction must not survive
+    capsys.readouterr()
+    assert run("--search", search, "--kl_threshold", "-1", "--sanity", output=tmp_path) == 3
+    shown = capsys.readouterr()
+    assert {path.name for path in tmp_path.iterdir()} == {CHECKPOINTS, *WITHOUT_DIRECTION}
+    assert "No refusal direction of demo was selected (from 40 candidates in 8 layers)" in shown.out
+    assert "| Nearest miss" in shown.out
+    assert "refusal_direction.pt" not in shown.out
+    assert "baseline:" not in shown.out  # there is nothing to complete with
+    error = shown.err.partition("Error: ")[2]
+    assert error.startswith("None of 40 candidates passes every condition: 5 by length zero; 25 by KL > -1")
+    for part in ("needs --kl_threshold 0.028", "--select nearest takes the first", f"All scores are in {tmp_path}/."):
+        assert part in error
+    rows = json.loads((tmp_path / "all_direction_scores.json").read_text())
+    assert all(row["dropped"] for row in rows)
+    assert all(row["kl_div"] is not None for row in rows)
+
+
+def test_other_thresholds_after_it_cost_no_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert run("--kl_threshold", "-1", output=tmp_path) == 3
+    with monkeypatch.context() as patch:
+        for name in ("baseline", "intervene"):
+            patch.setattr(Engine, name, lambda *args, **named: pytest.fail("a pass was run again"))
+        assert run("--resume", "--kl_threshold", "0.2", output=tmp_path) == 0
+    assert {path.name for path in tmp_path.iterdir()} == set(file_names(TEXT))  # and no checkpoints
+    assert run("--resume", "--kl_threshold", "-1", output=tmp_path) == 3  # control: they are gone
+
+
+def test_the_nearest_miss_is_written_on_request_and_marked_everywhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert run("--kl_threshold", "-1", "--select", "nearest", output=tmp_path) == 0
+    shown = capsys.readouterr()
+    assert "This one, the nearest miss, may not carry refusal at all: its KL is above -1." in shown.out
+    assert "Warning: No candidate meets every condition; the nearest miss, position -1, layer 5, is used" in shown.err
+    assert {path.name for path in tmp_path.iterdir()} == set(file_names(TEXT))
+    metadata, scores, record = (
+        json.loads((tmp_path / name).read_text())
+        for name in ("direction_metadata.json", "all_direction_scores.json", "run.json")
+    )
+    assert (metadata["selected"], metadata["position"], metadata["layer"]) == ("nearest", -1, 5)
+    assert metadata["nearest_misses"][0]["violated"] == ["kl"]
+    assert (record["selection"]["selected"], record["selection"]["index"]) == ("nearest", 37)
+    assert [row["layer"] for row in scores if row.get("selected") == "nearest"] == [5]
+    assert "Pruned" not in shown.out
 
 
 def test_an_output_folder_that_cannot_be_written_is_found_before_the_work(
@@ -285,7 +340,7 @@ def test_a_run_that_ends_in_an_error_leaves_no_empty_folder(tmp_path: Path):
     (tmp_path / "old").mkdir()
     assert run("--refusal_tokens", "no such token", output=tmp_path / "old") == 2
     assert (tmp_path / "old").exists()
-    assert run("--kl_threshold", "-1", output=tmp_path / "measured") == 2
+    assert run("--refusal_tokens", "a", output=tmp_path / "measured") == 2
     assert [path.name for path in (tmp_path / "measured").iterdir()] == [CHECKPOINTS]
 
 

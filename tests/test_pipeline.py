@@ -32,6 +32,7 @@ from refusal_direction.models.control_tokens import ControlTokens
 from refusal_direction.prompts import Kind, Prompt, PromptSets, Split
 from refusal_direction.prompts.sets import SETS_FOR_SELECTION
 from refusal_direction.results import table
+from tests.conftest import SMALL
 
 FEW = Config(prompts=PromptSource(n_train=16, n_val=8))
 
@@ -116,11 +117,42 @@ def test_autocast_around_a_run_changes_nothing(chat: ChatModel, extraction: RunR
     assert found.engine.largest_leak < 1e-6
 
 
+@pytest.mark.parametrize("select", ["best", "nearest"])
 @pytest.mark.parametrize("search", ["exhaustive", "pruned"])
-def test_prompts_that_are_the_same_on_both_sides_give_no_candidate(chat: ChatModel, search: str):
+def test_prompts_that_are_the_same_on_both_sides_give_no_candidate(chat: ChatModel, search: str, select: str):
     texts = ["Name a colour.", "Paint a wall."]
+    config = replace(FEW, search=search, select=select, skip_filter=True)
+    found = extract(chat, config, prompts=PromptSets(texts, texts, texts, texts))
+    assert found.selection.index is None
+    assert "Every candidate has length zero" in str(found)
+    assert found.candidates.zero.all()
     with pytest.raises(NoCandidateError, match="Every candidate has length zero.*Are they the same"):
-        extract(chat, replace(FEW, search=search, skip_filter=True), prompts=PromptSets(texts, texts, texts, texts))
+        found.direction.vector.norm()
+
+
+def test_where_no_candidate_passes_the_result_has_every_score_and_its_direction_says_why(
+    chat: ChatModel, extraction: RunResult, prompts: PromptSets
+):
+    found = extract(chat, replace(SMALL, thresholds=Thresholds(kl_threshold=-1.0)), prompts=prompts)
+    assert found.means == extraction.means
+    assert None not in found.selection.rejections
+    assert str(found).startswith("No refusal direction of demo was selected (from 40 candidates in 8 layers)")
+    nearest = f"The nearest miss, {extraction.label}, needs --kl_threshold 0.028."
+    assert nearest in str(found)
+    for asked in ("direction", "label"):
+        with pytest.raises(
+            NoCandidateError, match="25 by KL > -1(.|\n)*needs --kl_threshold 0.028(.|\n)*--select nearest"
+        ):
+            getattr(found, asked)
+
+
+def test_the_nearest_miss_is_a_direction_on_request(chat: ChatModel, extraction: RunResult, prompts: PromptSets):
+    config = replace(SMALL, thresholds=Thresholds(kl_threshold=-1.0), select="nearest")
+    found = extract(chat, config, prompts=prompts)
+    assert found.label == extraction.label  # it needs a KL that is a little higher, and nothing else
+    assert torch.equal(found.direction.vector, extraction.direction.vector)
+    assert found.selection.shortcomings == ["its KL is above -1"]
+    assert "No candidate meets every condition" in found.warnings[-1]
 
 
 def test_the_probability_of_the_refusal_tokens_is_that_of_each_kind_of_prompts(extraction: RunResult):
@@ -189,6 +221,7 @@ def test_a_configuration_for_the_other_kind_of_model_is_refused(chat: ChatModel)
     [
         (lambda: Config(batch_size=0), "--batch_size 0: must be at least 1"),
         (lambda: Config(memory_budget=0), "--memory_budget 0"),
+        (lambda: Config(select="first"), "--select first: must be best or nearest"),
         (lambda: Config(refusal_tokens="As"), r"give a tuple of tokens, as \('As',\)"),
         (lambda: Config(refusal_tokens=("I",), calibrate_refusal=True), "exclude each other"),
         (lambda: PromptSource(n_val=0), "--n_val 0"),

@@ -18,9 +18,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from refusal_direction import cli
+from refusal_direction import cli, demo, load_run
 from refusal_direction.config import TEXT
 from refusal_direction.output.artifacts import file_names
+from refusal_direction.prompts.sets import Kind, Split
 from refusal_direction.runtime import processes
 from tests import forked
 from tests.families import TEXT_FAMILIES, build
@@ -53,8 +54,8 @@ def environment_of(count: int) -> dict[str, str]:
     return {**os.environ, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
 
 
-def as_ranks(arguments: Sequence[str], count: int) -> list[str]:
-    """What processes print that run a command and meet; all must end well."""
+def as_ranks(arguments: Sequence[str], count: int, *, codes: Sequence[int] | None = None) -> list[str]:
+    """What processes print that run a command and meet; all must end well, or with these codes."""
     meeting = environment_of(count)
     with ExitStack() as stack:
         printed = [stack.enter_context(TemporaryFile("w+", encoding="utf-8")) for _ in range(count)]
@@ -63,10 +64,10 @@ def as_ranks(arguments: Sequence[str], count: int) -> list[str]:
             forked.start(arguments, stdout=out, stderr=said, env={**meeting, "RANK": str(rank)})
             for rank, out in enumerate(printed)
         ]
-        codes = [process.wait() for process in each]
+        ended = [process.wait() for process in each]
         for file in (*printed, said):
             file.seek(0)
-        assert codes == [0] * count, said.read()
+        assert ended == (codes or [0] * count), said.read()
         return [out.read() for out in printed]
 
 
@@ -100,6 +101,27 @@ def test_two_launched_processes_write_the_artifacts_of_one(tmp_path: Path) -> No
     assert run.returncode == 0, err
     assert out.count("| Metric") == 1
     assert_alike(one, two)
+
+
+@pytest.mark.extended
+def test_two_processes_draw_the_further_prompts_of_one_and_end_alike_without_a_selection(tmp_path: Path) -> None:
+    """The first ends with code 3; the second with 0, since a launcher ends all processes when one fails."""
+    harmful, harmless = (
+        json.loads((demo.PROMPTS_DIR / f"{kind}_train.json").read_text()) for kind in ("harmful", "harmless")
+    )
+    (tmp_path / "bad.json").write_text(json.dumps([*harmful[:55], *harmless[:225]]))
+    (tmp_path / "good.json").write_text(json.dumps(harmless[225:]))
+    own = ["--model_id", "demo", "--harmful", str(tmp_path / "bad.json"), "--harmless", str(tmp_path / "good.json")]
+    few = [*own, "--n_train", "8", "--n_val", "8", "--seed", "5", "--kl_threshold", "-1", "--search", "pruned"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert cli.main([*few, "--output_dir", str(one)]) == 3
+    as_ranks([SCRIPT, *few, "--output_dir", str(two)], 2, codes=[3, 0])
+    runs = [load_run(folder) for folder in (one, two)]
+    assert runs[0].prompts[Kind.HARMFUL, Split.VALIDATION].further > 0  # control
+    for which, record in runs[0].prompts.items():
+        assert (runs[1].prompts[which].ids, runs[1].prompts[which].kept) == (record.ids, record.kept)
+    assert torch.allclose(runs[0].scores.ablation, runs[1].scores.ablation, atol=1e-5, equal_nan=True)
+    assert runs[0].selection.index is runs[1].selection.index is None
 
 
 LONG = ["--n_val", "60", "--n_train", "120", "--memory_budget", "16MiB"]

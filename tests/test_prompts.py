@@ -3,7 +3,7 @@
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,7 +14,7 @@ import pytest
 from refusal_direction.config import Config, PromptSource
 from refusal_direction.errors import ConfigurationError, DownloadError, PromptError, PromptFileError, TooFewPromptsError
 from refusal_direction.prompts import gather, published, read_prompts
-from refusal_direction.prompts.sampling import SampleSizes, sample_pools, sample_splits
+from refusal_direction.prompts.sampling import SampleSizes, sample_pairs, sample_pools, sample_splits
 from refusal_direction.prompts.sets import (
     SETS,
     SETS_FOR_SELECTION,
@@ -178,6 +178,62 @@ def test_train_and_validation_from_one_pool_do_not_overlap():
     for kind in Kind:
         train, val = (set(sets[kind, split]) for split in (Split.TRAIN, Split.VALIDATION))
         assert (len(train), len(val), train & val) == (8, 4, set())
+
+
+def assert_reserves_are_disjoint(sets: PromptSets) -> None:
+    texts = [prompt.text for which in SETS for prompt in sets[which]]
+    texts += [prompt.text for reserve in sets.reserves.values() for prompt in reserve]
+    assert len(texts) == len(set(texts))
+
+
+def test_reserves_are_the_rest_of_each_splits_own_pool_in_the_order_that_the_seed_draws():
+    splits, sizes = pools(50), SampleSizes(n_train=20, n_val=7, n_test=9, seed=42)
+    drawn = sample_splits(splits, sizes)
+    assert_reserves_are_disjoint(drawn)
+    for which in SETS_FOR_SELECTION:
+        rest = {*splits[which]} - {*drawn[which]}
+        assert set(drawn.reserves[which]) == rest
+        assert drawn.reserves[which] != tuple(prompt for prompt in splits[which] if prompt in rest)  # drawn at random
+    assert sample_splits(splits, sizes).reserves == drawn.reserves
+    assert set(drawn.reserves) == set(SETS_FOR_SELECTION)
+
+
+def test_a_reserve_has_no_text_of_another_set():
+    splits = pools(30)
+    test, train = splits[Kind.HARMFUL, Split.TEST], splits[HARMFUL_TRAIN]
+    splits[HARMFUL_TRAIN] = [*train, *train[:3], *(Prompt(f"again/{prompt.id}", prompt.text) for prompt in test)]
+    drawn = sample_splits(splits, SampleSizes(n_train=2, n_val=7, n_test=len(test), seed=1))
+    assert not {prompt.text for prompt in drawn.harmful_test} & {
+        prompt.text for prompt in drawn.reserves[HARMFUL_TRAIN]
+    }
+    texts = [prompt.text for prompt in drawn.reserves[HARMFUL_TRAIN]]
+    assert len(texts) == len(set(texts)) == len(train) - 2
+
+
+@pytest.mark.parametrize("sample", [sample_pools, sample_pairs])
+@pytest.mark.parametrize("n_test", [0, 5, 1000])
+def test_what_one_pool_has_left_is_reserved_in_the_proportion_of_train_and_validation(
+    sample: Callable[..., PromptSets], n_test: int
+):
+    sizes = SampleSizes(n_train=8, n_val=4, n_test=n_test, seed=3)
+    harmful, harmless = pool("harmful", 47), pool("harmless", 30)
+    drawn = sample(harmful, harmless, sizes)
+    assert_reserves_are_disjoint(drawn)
+    for kind, own in ((Kind.HARMFUL, harmful), (Kind.HARMLESS, harmless)):
+        left = len(own) - 12 - len(drawn[kind, Split.TEST])
+        train, val = (len(drawn.reserves[kind, split]) for split in (Split.TRAIN, Split.VALIDATION))
+        assert (train, train + val) == (round(left * 2 / 3), left)
+
+
+def test_sets_are_extended_from_their_reserves():
+    sets = sample_pools(pool("a", 30), pool("b", 30), SampleSizes(n_train=4, n_val=2, n_test=3, seed=0))
+    more = sets.reserved({HARMFUL_TRAIN: 3})
+    longer = sets.extended({HARMFUL_TRAIN: 3})
+    assert longer.harmful_train == (*sets.harmful_train, *more.harmful_train)
+    assert more.harmful_train == sets.reserves[HARMFUL_TRAIN][:3]
+    assert more.for_selection == more.harmful_train
+    assert longer.reserves[HARMFUL_TRAIN] == sets.reserves[HARMFUL_TRAIN][3:]
+    assert [longer[which] for which in SETS[1:]] == [sets[which] for which in SETS[1:]]
 
 
 def test_a_text_that_is_repeated_counts_once():

@@ -28,7 +28,7 @@ from refusal_direction import (
     load_vision_model,
 )
 from refusal_direction.config import TEXT, VISION_CONFIG, Config, PromptSource, Thresholds
-from refusal_direction.errors import OutputError
+from refusal_direction.errors import NoCandidateError, OutputError
 from refusal_direction.methods import METHODS, difference_of_means
 from refusal_direction.models import loading
 from refusal_direction.output import artifacts
@@ -43,7 +43,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 FEW = replace(SMALL, prompts=PromptSource(n_train=8, n_val=6, n_test=3))
 FEW_IMAGES = replace(VISION_CONFIG, prompts=PromptSource(n_train=8, n_val=8, n_test=3))
 
-kls = st.sampled_from([math.inf, 10.0, 3])
+kls = st.sampled_from([math.inf, 10.0, 3, -1])
 steerings = st.sampled_from([-math.inf, -100.0])
 
 
@@ -73,6 +73,13 @@ def assert_read_back_alike(run: RunResult) -> None:
         loaded = load_run(folder)
         assert_same(run, loaded)
         assert str(loaded) == str(run)
+        if run.selection.index is None:
+            with pytest.raises(NoCandidateError) as ours:
+                run.direction.vector.norm()
+            with pytest.raises(NoCandidateError) as theirs:
+                loaded.direction.vector.norm()
+            assert str(ours.value) == str(theirs.value)
+            return
         assert loaded.label == run.label
         assert_same(loaded.direction, run.direction)
 
@@ -88,6 +95,7 @@ def text_configs(draw: Any) -> Config:
         thresholds=thresholds_of(draw),
         methods=draw(st.sampled_from([("difference_of_means",), ("reversed",), ("difference_of_means", "reversed")])),
         search=draw(st.sampled_from([None, "exhaustive", "pruned"])),
+        select=draw(st.sampled_from(["best", "nearest"])),
         skip_filter=draw(st.booleans()),
         keep_activations=draw(st.booleans()),
         refusal_tokens=draw(st.sampled_from([(), ("I",), ("I", 47)])),
@@ -107,7 +115,7 @@ def vision_configs(draw: Any) -> Config:
     )
 
 
-@settings(max_examples=6)
+@settings(max_examples=8)
 @given(config=text_configs())
 def test_load_run_gives_back_what_extract_returned(config: Config) -> None:
     assert_read_back_alike(extract(demo(images=False), config))
@@ -117,6 +125,23 @@ def test_load_run_gives_back_what_extract_returned(config: Config) -> None:
 @given(config=vision_configs())
 def test_load_run_gives_back_a_run_on_images_with_text(config: Config) -> None:
     assert_read_back_alike(extract(demo(images=True), config))
+
+
+@pytest.mark.parametrize("select", ["best", "nearest"])
+def test_a_run_in_which_no_candidate_passes_is_given_back(chat: ChatModel, select: str) -> None:
+    run = extract(chat, replace(FEW, thresholds=Thresholds(kl_threshold=-1.0), select=select))
+    assert run.selection.selected_as == (None if select == "best" else "nearest")
+    assert run.selection.misses
+    assert_read_back_alike(run)
+
+
+def test_results_that_are_older_than_a_setting_have_its_default(extraction: RunResult, tmp_path: Path) -> None:
+    artifacts.write(extraction, tmp_path)
+    path = tmp_path / "run.json"
+    stored = json.loads(path.read_text())
+    del stored["config"]["select"], stored["config"]["no_refill"], stored["prompts"]["harmful_val"]["further"]
+    path.write_text(json.dumps(stored))
+    assert_same(extraction, load_run(tmp_path))
 
 
 def test_a_resumed_run_is_given_back_too(chat: ChatModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

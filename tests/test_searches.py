@@ -21,7 +21,7 @@ from refusal_direction.candidates import CandidateLabel, Candidates
 from refusal_direction.config import VISION, VISION_CONFIG, Config, ModelSource, PromptSource, search_name
 from refusal_direction.demo import vision
 from refusal_direction.engine import Engine, Row
-from refusal_direction.errors import ConfigurationError, NoCandidateError
+from refusal_direction.errors import ConfigurationError
 from refusal_direction.flags import parse
 from refusal_direction.methods import make_candidates
 from refusal_direction.output import artifacts
@@ -100,14 +100,12 @@ def silent(description: str, total: int) -> AbstractContextManager[Any]:
     return nullcontext(lambda done: None)
 
 
-def outcome(problem: Problem, search: str, seed: int) -> tuple[SelectionResult, Scores] | str:
-    """The selection and the scores per prompt, or the error's message."""
+def outcome(problem: Problem, search: str, seed: int, *, select: str = "best") -> tuple[SelectionResult, Scores] | str:
+    """The selection and the scores per prompt, or the explanation why there is none."""
     context = context_of(problem, torch.Generator().manual_seed(seed))
-    config = Config(rules=problem.rules, thresholds=problem.thresholds, search=search)
-    try:
-        return select_direction(context, config, progress=silent)
-    except NoCandidateError as error:
-        return str(error)
+    config = Config(rules=problem.rules, thresholds=problem.thresholds, search=search, select=select)
+    selection, scores = select_direction(context, config, progress=silent)
+    return selection.explanation if selection.index is None else (selection, scores)
 
 
 def random_labels(problem: Problem, rng: random.Random) -> tuple[CandidateLabel, ...]:
@@ -146,7 +144,7 @@ def problems(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_pruned_search_ends_as_the_rule_does(
     problems: Iterator[tuple[int, Problem]], request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """In the same candidate with the same means and warnings, or in the same error with the same nearest misses."""
+    """In the same candidate with the same means and warnings, or without one and with the same nearest misses."""
     vision = request.node.callspec.params["problems"]
     errors, warnings = 0, set()
     for seed, problem in problems:
@@ -171,6 +169,48 @@ def test_a_pruned_search_ends_as_the_rule_does(
             )
     assert errors
     assert warnings == ({0, 1, 2} if vision else {0})
+
+
+@pytest.mark.parametrize("problems", [False], indirect=True)
+def test_the_nearest_miss_is_selected_where_nothing_else_is(
+    problems: Iterator[tuple[int, Problem]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same by either search; where a candidate meets every condition, asking for the nearest changes nothing."""
+    used = 0
+    for seed, problem in problems:
+        best, said = outcome(problem, "exhaustive", seed), list(caplog.messages)
+        caplog.clear()
+        (exhaustive, pruned) = (outcome(problem, search, seed, select="nearest") for search in ("exhaustive", "pruned"))
+        if isinstance(exhaustive, str) or isinstance(pruned, str):
+            assert exhaustive == pruned == best
+            assert "nearest misses" not in exhaustive
+            continue
+        assert exhaustive[0].index == pruned[0].index
+        if not isinstance(best, str):
+            assert repr(exhaustive[0]) == repr(best[0])
+            assert exhaustive[0].misses == []
+            continue
+        used += 1
+        nearest = exhaustive[0].misses[0]
+        assert (exhaustive[0].selected_as, exhaustive[0].index, exhaustive[0].ties) == ("nearest", nearest.index, ())
+        assert exhaustive[0].rejections[nearest.index] in nearest.violated
+        assert str(nearest) in best
+        assert [str(nearest.score.label) in message for message in caplog.messages if message not in said] == [True] * 2
+        caplog.clear()
+    assert used > 20
+
+
+@pytest.mark.parametrize("problems", [True], indirect=True)
+def test_among_images_there_is_no_nearer_miss_than_the_relaxed_conditions_admit(
+    problems: Iterator[tuple[int, Problem]],
+) -> None:
+    unselected = 0
+    for seed, problem in problems:
+        for search in problem.rules.searches:
+            one, other = (outcome(problem, search, seed, select=select) for select in ("best", "nearest"))
+            assert repr(one) == repr(other)
+            unselected += isinstance(one, str)
+    assert unselected
 
 
 @pytest.mark.parametrize("problems", [True], indirect=True)

@@ -16,8 +16,8 @@ from refusal_direction.errors import TooFewPromptsError
 from refusal_direction.prompts.sets import Kind, Split
 from refusal_direction.scoring.scores import CandidateScore
 from refusal_direction.selection.conditions import Conditions, Rejection, layer_limit
-from refusal_direction.selection.decision import Decision, decide, explain_no_candidate
-from refusal_direction.selection.filter import filter_prompts
+from refusal_direction.selection.decision import Decision, decide, explain_no_candidate, nearest_misses
+from refusal_direction.selection.filter import filter_prompts, warn_few
 
 NAN = float("nan")
 GOOD = {"ablation_refusal": -5.0, "steering_refusal": 1.0, "kl_div": 0.05}
@@ -122,6 +122,27 @@ def test_where_none_is_admissible_the_message_counts_and_shows_the_nearest_misse
     assert "position -1, layer 1 (ablation score -5.00) needs --induce_threshold -0.2" in message
 
 
+def test_a_candidate_without_all_scores_or_of_length_zero_or_in_the_last_layers_is_no_near_miss():
+    scores = [
+        candidate(-1, 0, kl_div=NAN),
+        candidate(-1, 1, steering_refusal=NAN),
+        candidate(-1, 2, kl_div=0.5),
+        candidate(-1, 3, kl_div=9.0, steering_refusal=-0.25),
+        candidate(-1, 8, kl_div=0.11),
+    ]
+    conditions = Conditions.of(Config(), 10, harmless_baseline=0.0)
+    (miss,) = nearest_misses(scores, conditions, [index == 2 for index in range(5)], 10)
+    assert (miss.index, miss.violated) == (3, (Rejection.KL, Rejection.STEERING))
+    assert miss.needs == {"kl_threshold": 9.0, "induce_threshold": -0.25}
+    assert str(miss).endswith("needs --kl_threshold 9.0 --induce_threshold -0.25")
+
+
+def test_of_equal_misses_the_first_is_the_nearest():
+    scores = [candidate(-1, layer, kl_div=kl) for layer, kl in enumerate([0.4, 0.2, 0.3, 0.2, 0.9])]
+    conditions = Conditions.of(Config(), 10, harmless_baseline=0.0)
+    assert [miss.index for miss in nearest_misses(scores, conditions, [False] * 5, 10)] == [1, 3, 2]
+
+
 numbers = st.floats(-20, 20, allow_nan=False)
 
 
@@ -185,3 +206,24 @@ def test_too_few_prompts_are_explained_by_the_side_that_lacks_them(refusal: list
 
 def test_skipping_the_filter_keeps_everything():
     assert filter_prompts(torch.full((10,), NAN), SETS, skip=True) == SETS
+
+
+def test_the_minimum_counts_what_was_asked_for_and_not_what_was_drawn_in_the_end():
+    refusal = torch.tensor([1.0, -1, -1, -1, 2, -1, -2, -1, -3, -4])
+    with pytest.raises(TooFewPromptsError):
+        filter_prompts(refusal, SETS)
+    kept = filter_prompts(refusal, SETS, asked={HARMFUL: 2, HARMLESS: 5})
+    assert kept == {HARMFUL: [0, 4], HARMLESS: [5, 6, 7, 8, 9]}
+
+
+@pytest.mark.parametrize(
+    ("kept", "asked", "warned"), [(15, 32, True), (16, 32, False), (11, 12, False), (6, 12, False), (5, 12, True)]
+)
+def test_a_standard_error_over_few_validation_prompts_is_warned_of(
+    kept: int, asked: int, warned: bool, caplog: pytest.LogCaptureFixture
+):
+    few, many = (Kind.HARMFUL, Split.VALIDATION), (Kind.HARMLESS, Split.VALIDATION)
+    members = {few: list(range(kept)), many: list(range(40)), HARMFUL: [0]}
+    warn_few(members, {which: list(range(40)) for which in members}, {few: asked, many: 40, HARMFUL: 40})
+    assert [f"only {kept} of the 40 validation prompts" in message for message in caplog.messages] == [True] * warned
+    assert all("standard error" in message and "--harmful" in message for message in caplog.messages)

@@ -20,19 +20,28 @@ import torch
 from safetensors import SafetensorError
 
 from refusal_direction.config import DIFFERENCE_OF_MEANS, TEXT, VISION, Rules
-from refusal_direction.errors import OutputError
+from refusal_direction.errors import NoCandidateError, OutputError
 from refusal_direction.output.run_files import (
-    OPTIONAL_FILES,
     contents,
     file_name,
     file_names,
+    occasional_files,
     optional_file_names,
     restore,
+    written_files,
 )
 from refusal_direction.results import Direction, RunResult
 from refusal_direction.runtime.files import write_durably
 
-__all__ = ["check_writable", "file_names", "load_direction", "load_run", "optional_file_names", "write"]
+__all__ = [
+    "check_writable",
+    "file_names",
+    "load_direction",
+    "load_run",
+    "optional_file_names",
+    "write",
+    "written_files",
+]
 
 _COMMITTED = ".committed"
 _STAGING = ".staging-"
@@ -109,12 +118,21 @@ def _move_into_place(folder: Path) -> None:
     if not committed.exists():
         return
     fresh = {path.name for path in committed.iterdir()}
-    if fresh:  # optional files are moved last: while others are left, one that is in place is old
-        for name in fresh | set(OPTIONAL_FILES):  # not moved yet, so a file of this name is old
-            (folder / name).unlink(missing_ok=True)
-    for name in sorted(fresh, key=lambda name: (name in OPTIONAL_FILES, name)):
+    occasional = {name for rules in (TEXT, VISION) for name in occasional_files(rules)}
+    for name in fresh | _not_replaced(fresh):  # not moved yet, so a file of this name is old
+        (folder / name).unlink(missing_ok=True)
+    for name in sorted(fresh, key=lambda name: (name in occasional, name)):
         os.replace(committed / name, folder / name)
     committed.rmdir()
+
+
+def _not_replaced(fresh: set[str]) -> set[str]:
+    """Files of an old set that a set may lack. They are removed before the first file of the set is moved, and not after."""
+    for rules in (TEXT, VISION):
+        occasional = set(occasional_files(rules))
+        if set(file_names(rules)) - occasional <= fresh:
+            return occasional
+    return set()
 
 
 def load_run(folder: str | Path = "artifacts") -> RunResult:
@@ -134,13 +152,15 @@ def load_run(folder: str | Path = "artifacts") -> RunResult:
 def load_direction(folder: str | Path = "artifacts") -> Direction:
     """The direction that a run left in `folder`, its --output_dir.
 
-    Raises OutputError if there is none, or it cannot be read.
+    Raises OutputError if there is no run, or it cannot be read; NoCandidateError, with the nearest misses, if it selected none.
     """
     folder = Path(folder)
     with _explained(folder):
         _move_into_place(folder)
         rules = next(iter(_pipelines(folder)), TEXT)
         metadata = json.loads((folder / file_name("direction_metadata.json", rules)).read_text(encoding="utf-8"))
+        if metadata.get("selected", "best") is None:
+            raise NoCandidateError(f"The run in {folder} selected no direction. {metadata['explanation']}")
         vector = torch.load(folder / file_name("refusal_direction.pt", rules), weights_only=True)
         if not isinstance(vector, torch.Tensor) or vector.ndim != 1 or not vector.is_floating_point():
             raise ValueError("refusal_direction.pt holds no vector")

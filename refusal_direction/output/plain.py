@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from types import UnionType
@@ -32,14 +32,15 @@ def to_plain(value: Any) -> Any:
 def from_plain(kind: Any, value: Any) -> Any:
     """The value of a type (a dataclass or a supported field type) from its plain form.
 
-    Raises ValueError, TypeError or LookupError where they do not fit.
+    A field that was added since it was written has its default. Raises ValueError, TypeError or LookupError where they do not fit.
     """
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         return _from_union(arguments, value)
     if isinstance(kind, type) and is_dataclass(kind):
         hints = get_type_hints(kind)
-        return kind(**{field.name: from_plain(hints[field.name], value[field.name]) for field in fields(kind)})
+        given = [field for field in fields(kind) if field.name in value or field.default is MISSING]
+        return kind(**{field.name: from_plain(hints[field.name], value[field.name]) for field in given})
     if origin is tuple:
         return tuple(from_plain(arguments[0], member) for member in value)
     if kind is float:

@@ -25,15 +25,22 @@ from refusal_direction.scoring.scores import Scores
 from refusal_direction.selection.conditions import Conditions, Rejection
 from refusal_direction.selection.result import SelectionResult
 
-__all__ = ["OPTIONAL_FILES", "SCHEMA_VERSION", "contents", "file_name", "file_names", "optional_file_names", "restore"]
+__all__ = [
+    "SCHEMA_VERSION",
+    "contents",
+    "file_name",
+    "file_names",
+    "occasional_files",
+    "optional_file_names",
+    "restore",
+    "written_files",
+]
 
 SCHEMA_VERSION = 2
 _DIRECTION, _METADATA = "refusal_direction.pt", "direction_metadata.json"
 _CANDIDATES, _SCORES = "candidate_directions.pt", "all_direction_scores.json"
 _RUN, _PER_PROMPT, _ACTIVATIONS = "run.json", "per_prompt_scores.safetensors", "activations.safetensors"
 _SPECIFIED = (_DIRECTION, _METADATA, _CANDIDATES, _SCORES)
-OPTIONAL_FILES = (_ACTIVATIONS,)
-"""The files that a run writes on request alone."""
 
 
 def file_name(name: str, rules: Rules) -> str:
@@ -43,19 +50,32 @@ def file_name(name: str, rules: Rules) -> str:
 
 
 def file_names(rules: Rules) -> tuple[str, ...]:
-    """The files that every run writes."""
+    """The files of a run that has selected a direction."""
     return tuple(file_name(name, rules) for name in (*_SPECIFIED, _RUN, _PER_PROMPT))
 
 
 def optional_file_names(config: Config) -> tuple[str, ...]:
     """The files that a run writes on request."""
-    return OPTIONAL_FILES if config.keep_activations else ()
+    return (_ACTIVATIONS,) if config.keep_activations else ()
+
+
+def occasional_files(rules: Rules) -> tuple[str, ...]:
+    """The files that not every run writes: the direction, if one was selected, and those on request."""
+    return (file_name(_DIRECTION, rules), _ACTIVATIONS)
+
+
+def written_files(run: RunResult) -> tuple[str, ...]:
+    """The files of a run."""
+    names = (*file_names(run.config.rules), *optional_file_names(run.config))
+    missing = file_name(_DIRECTION, run.config.rules) if run.selection.index is None else None
+    return tuple(name for name in names if name != missing)
 
 
 def contents(run: RunResult) -> dict[str, bytes]:
     """The bytes of each file by its name."""
+    selected = run.selection.index is not None
     files = {
-        _DIRECTION: _pickled(run.direction.vector),
+        **({_DIRECTION: _pickled(run.direction.vector)} if selected else {}),
         _CANDIDATES: _pickled(run.candidates.laid_out().contiguous()),
         _METADATA: json_bytes(_metadata(run)),
         _SCORES: json_bytes(list(_score_rows(run))),
@@ -87,16 +107,15 @@ def _position_index(run: RunResult, label: CandidateLabel) -> int | None:
 def _metadata(run: RunResult) -> dict[str, Any]:
     selection, model = run.selection, run.model
     return {
-        **_place(run.label),
-        **{measure.value: selection.score.of(measure) for measure in Measure},
-        "position_index": _position_index(run, run.label),
+        "selected": selection.selected_as,
+        **(_selected(run) if selection.index is not None else {}),
+        **(_unselected(selection) if selection.selected_as != "best" else {}),
         "model_id": model.model_id,
         "revision": model.revision,
         "adapter": model.adapter,
         "n_positions": model.n_positions,
         "n_layers": model.n_layers,
         "d_model": model.d_model,
-        "candidate_norm": float(run.direction.vector.norm()),
         "discarded": selection.discarded,
         "rounding": selection.noise,
         "ties": [_place(score.label) for score in selection.tied],
@@ -105,12 +124,39 @@ def _metadata(run: RunResult) -> dict[str, Any]:
     }
 
 
+def _selected(run: RunResult) -> dict[str, Any]:
+    """The selected candidate."""
+    return {
+        **_place(run.label),
+        **{measure.value: run.selection.score.of(measure) for measure in Measure},
+        "position_index": _position_index(run, run.label),
+        "candidate_norm": float(run.direction.vector.norm()),
+    }
+
+
+def _unselected(selection: SelectionResult) -> dict[str, Any]:
+    """Why no candidate meets the conditions, and those that come nearest."""
+    return {
+        "explanation": selection.explanation,
+        "nearest_misses": [
+            {
+                **_place(miss.score.label),
+                **{measure.value: miss.score.of(measure) for measure in Measure},
+                "violated": miss.violated,
+                "needs": miss.needs,
+            }
+            for miss in selection.misses
+        ],
+    }
+
+
 def _score_rows(run: RunResult) -> Iterator[dict[str, Any]]:
     """For each candidate its mean scores, the number of prompts it was measured on, and why it was not selected.
 
-    A mean is null if the candidate was not measured on every prompt, or a score is NaN.
+    A mean is null if the candidate was not measured on every prompt, or a score is NaN. A nearest miss that is selected is marked.
     """
     selection = run.selection
+    nearest = selection.index if selection.selected_as == "nearest" else None
     for index, score in enumerate(selection.means):
         position_index = {"position_index": _position_index(run, score.label)} if run.config.rules.images else {}
         yield {
@@ -120,6 +166,7 @@ def _score_rows(run: RunResult) -> Iterator[dict[str, Any]]:
             "measured": {measure.value: selection.measured[measure][index] for measure in Measure},
             "dropped": selection.reasons[index],
             "rejection": selection.rejections[index],
+            **({"selected": "nearest"} if nearest == index else {}),
         }
 
 
@@ -143,6 +190,7 @@ def _run(run: RunResult) -> dict[str, Any]:
         },
         "selection": {
             "index": selection.index,
+            "selected": selection.selected_as,
             "ties": selection.ties,
             "conditions_asked": selection.conditions_asked,
             "conditions": selection.conditions,
@@ -161,6 +209,7 @@ def _prompt_set(record: PromptRecord) -> dict[str, Any]:
     return {
         "drawn": len(record.ids),
         "kept": len(record.kept),
+        "further": record.further,
         "sha256": record.sha256,
         "ids": record.ids,
         "kept_ids": record.kept_ids,
@@ -266,6 +315,7 @@ def _prompts(sets: dict[str, Any], tensors: dict[str, Tensor]) -> dict[PromptSet
             sha256=stored["sha256"],
             refusal=tensors["baseline_refusal"][own] if measured else unmeasured,
             probability=tensors["baseline_probability"][own] if measured else unmeasured,
+            further=stored.get("further", 0),
         )
         begin = own.stop
     return records

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from refusal_direction.config import Config
 from refusal_direction.engine.interventions import ablated, steered
 from refusal_direction.engine.skeleton import shape_of
 from refusal_direction.models.chat import ChatModel
-from refusal_direction.output.artifacts import file_names, optional_file_names
+from refusal_direction.output.artifacts import written_files
 from refusal_direction.prompts.sets import Kind, Prompt, PromptSets, Split
 from refusal_direction.results import RunResult
 
@@ -26,10 +25,9 @@ _SHOWN = 3
 _Intervention = Callable[["Tensor"], AbstractContextManager[object]]
 
 
-def files(config: Config) -> str:
+def files(run: RunResult) -> str:
     """The files of a run and their folder."""
-    names = (*file_names(config.rules), *optional_file_names(config))
-    return "\n".join([f"Written to {config.output_dir}/:", *(f"  {name}" for name in names)])
+    return "\n".join([f"Written to {run.config.output_dir}/:", *(f"  {name}" for name in written_files(run))])
 
 
 def completions(run: RunResult, chat: ChatModel, prompts: PromptSets, max_new_tokens: int = 48) -> str:
@@ -38,7 +36,7 @@ def completions(run: RunResult, chat: ChatModel, prompts: PromptSets, max_new_to
     Args:
         run: gives the direction and the kept prompts.
         chat: the model of the run.
-        prompts: the prompts of the run.
+        prompts: the prompts of the run; those drawn further are the first of its reserves.
         max_new_tokens: the most tokens of a completion.
     """
     direction, batch_size = run.direction, run.config.batch_size
@@ -48,8 +46,9 @@ def completions(run: RunResult, chat: ChatModel, prompts: PromptSets, max_new_to
     }
     lines: list[str] = []
     for kind, (name, intervention) in interventions.items():
-        validation = prompts[kind, Split.VALIDATION]
-        kept = [validation[index] for index in run.prompts[kind, Split.VALIDATION].kept]
+        which = (kind, Split.VALIDATION)
+        validation = (*prompts[which], *prompts.reserves.get(which, ()))
+        kept = [validation[index] for index in run.prompts[which].kept]
         compared = _compared(chat, kept, intervention, direction.vector, max_new_tokens, batch_size)
         lines += _side_by_side(kind, name, compared)
     return "\n".join(lines)

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
 from refusal_direction.errors import PromptError, TooFewPromptsError
-from refusal_direction.prompts.sets import SETS, Kind, Prompt, PromptSet, PromptSets, Split, set_name
+from refusal_direction.prompts.sets import (
+    SETS,
+    SETS_FOR_SELECTION,
+    Kind,
+    Prompt,
+    PromptSet,
+    PromptSets,
+    Split,
+    set_name,
+)
 
 __all__ = ["SampleSizes", "sample_pairs", "sample_pools", "sample_splits"]
 
@@ -43,6 +52,18 @@ def _draw_test(rng: Random, pool: Sequence[Prompt], count: int) -> tuple[Prompt,
     return tuple(rng.sample(list(pool), min(count, len(pool))))
 
 
+def _draw_rest(rng: Random, pool: Sequence[Prompt], used: Container[str]) -> tuple[Prompt, ...]:
+    """Each text of a pool that is not used, once, in random order."""
+    left = list({prompt.text: prompt for prompt in pool if prompt.text not in used}.values())
+    return tuple(rng.sample(left, len(left)))
+
+
+def _reserves(kind: Kind, rest: Sequence[Prompt], sizes: SampleSizes) -> dict[PromptSet, tuple[Prompt, ...]]:
+    """The rest of a pool as reserves for train and validation, in the proportion of their sizes."""
+    cut = round(len(rest) * sizes.n_train / (sizes.n_train + sizes.n_val))
+    return {(kind, Split.TRAIN): tuple(rest[:cut]), (kind, Split.VALIDATION): tuple(rest[cut:])}
+
+
 def sample_splits(splits: Mapping[PromptSet, Sequence[Prompt]], sizes: SampleSizes) -> PromptSets:
     """Draw from pools that are split already: one for each kind and split; those of the test split may be missing.
 
@@ -56,7 +77,12 @@ def sample_splits(splits: Mapping[PromptSet, Sequence[Prompt]], sizes: SampleSiz
             drawn[which] = _draw_test(rng, splits.get(which, ()), sizes.n_test)
         else:
             drawn[which] = _draw(rng, splits[which], sizes.of(split), set_name(which), f"--n_{split.value}")
-    return PromptSets.of(drawn)
+    used = {prompt.text for prompts in drawn.values() for prompt in prompts}
+    reserves: dict[PromptSet, tuple[Prompt, ...]] = {}
+    for which in SETS_FOR_SELECTION:
+        reserves[which] = _draw_rest(rng, splits[which], used)
+        used |= {prompt.text for prompt in reserves[which]}
+    return PromptSets.of(drawn, reserves)
 
 
 def sample_pools(harmful: Sequence[Prompt], harmless: Sequence[Prompt], sizes: SampleSizes) -> PromptSets:
@@ -83,7 +109,11 @@ def sample_pools(harmful: Sequence[Prompt], harmless: Sequence[Prompt], sizes: S
         left[kind] = [prompt for prompt in distinct if prompt.text not in texts]
     for kind in Kind:
         drawn[kind, Split.TEST] = _draw_test(rng, left[kind], sizes.n_test)
-    return PromptSets.of(drawn)
+    reserves: dict[PromptSet, tuple[Prompt, ...]] = {}
+    for kind in Kind:
+        rest = _draw_rest(rng, left[kind], {prompt.text for prompt in drawn[kind, Split.TEST]})
+        reserves |= _reserves(kind, rest, sizes)
+    return PromptSets.of(drawn, reserves)
 
 
 def sample_pairs(
@@ -105,6 +135,7 @@ def sample_pairs(
     """
     rng = Random(sizes.seed)
     drawn: dict[PromptSet, Sequence[Prompt]] = {}
+    reserves: dict[PromptSet, tuple[Prompt, ...]] = {}
     first, second = sizes.n_train, sizes.n_train + sizes.n_val
     for kind, given in ((Kind.HARMFUL, harmful), (Kind.HARMLESS, harmless)):
         pool = list(given)
@@ -116,7 +147,8 @@ def sample_pairs(
         rng.shuffle(pool)
         drawn[kind, Split.TRAIN], drawn[kind, Split.VALIDATION] = pool[:first], pool[first:second]
         drawn[kind, Split.TEST] = pool[second : second + sizes.n_test]
+        reserves |= _reserves(kind, pool[second + (sizes.n_test if test is None else 0) :], sizes)
     if test is not None:
         for kind in Kind:
             drawn[kind, Split.TEST] = _draw_test(rng, test[kind], sizes.n_test)
-    return PromptSets.of(drawn)
+    return PromptSets.of(drawn, reserves)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from hashlib import sha256
 from itertools import product
@@ -76,18 +76,33 @@ class PromptSets:
     harmless_val: tuple[Prompt, ...]
     harmful_test: tuple[Prompt, ...] = ()
     harmless_test: tuple[Prompt, ...] = ()
+    reserves: Mapping[PromptSet, tuple[Prompt, ...]] = field(default_factory=dict, repr=False, compare=False)
+    """Further prompts of train and validation sets, in the order in which they are drawn if too few pass the filter."""
 
     def __post_init__(self) -> None:
         for name in map(set_name, SETS):
             object.__setattr__(self, name, tuple(_prompts(name, getattr(self, name))))
 
     @classmethod
-    def of(cls, sets: Mapping[PromptSet, Iterable[Prompt]]) -> PromptSets:
-        """The sets by their keys."""
-        return cls(**{set_name(which): tuple(prompts) for which, prompts in sets.items()})
+    def of(
+        cls, sets: Mapping[PromptSet, Iterable[Prompt]], reserves: Mapping[PromptSet, tuple[Prompt, ...]] | None = None
+    ) -> PromptSets:
+        """The sets by their keys; those that are absent are empty."""
+        named = {set_name(which): tuple(sets.get(which, ())) for which in SETS}
+        return cls(**named, reserves=reserves or {})
 
     def __getitem__(self, which: PromptSet) -> tuple[Prompt, ...]:
         return tuple(getattr(self, set_name(which)))
+
+    def reserved(self, counts: Mapping[PromptSet, int]) -> PromptSets:
+        """The first prompts of each reserve, this many."""
+        return PromptSets.of({which: self.reserves.get(which, ())[:count] for which, count in counts.items()})
+
+    def extended(self, counts: Mapping[PromptSet, int]) -> PromptSets:
+        """The sets with the first prompts of their reserves, this many, after their own."""
+        further = self.reserved(counts)
+        left = {which: members[counts.get(which, 0) :] for which, members in self.reserves.items()}
+        return PromptSets.of({which: (*self[which], *further[which]) for which in SETS}, left)
 
     @property
     def for_selection(self) -> tuple[Prompt, ...]:

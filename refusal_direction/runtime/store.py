@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["NO_CHECKPOINTS", "CheckpointStore", "Part", "digest"]
+__all__ = ["NO_CHECKPOINTS", "CheckpointStore", "Part", "Scoped", "digest"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +52,30 @@ class CheckpointStore(Protocol):
 
     def save(self, key: str, part: Part) -> None:
         """Keep a part under a key."""
+
+
+@dataclass(frozen=True)
+class Scoped:
+    """A store whose keys depend on a scope, too: what was kept in another scope is not found."""
+
+    store: CheckpointStore
+    scope: str
+
+    def key(self, *parts: Any) -> str:
+        """A key for a result that depends on nothing but these parts and the scope."""
+        return self.store.key(self.scope, *parts)
+
+    def load(self, key: str) -> Part | None:
+        """The part under a key, or None."""
+        return self.store.load(key)
+
+    def load_all(self, prefix: str) -> Iterator[Part]:
+        """All parts under keys with this prefix."""
+        return self.store.load_all(prefix)
+
+    def save(self, key: str, part: Part) -> None:
+        """Keep a part under a key."""
+        self.store.save(key, part)
 
 
 class _NoCheckpoints:

@@ -43,6 +43,28 @@ class Baseline:
         place = {prompt: index for index, prompt in enumerate(self.activations_of)}
         return self.activations[[place[prompt] for prompt in prompts]]
 
+    def joined(self, other: Baseline) -> Baseline:
+        """Both baselines as one, the other's prompts numbered after these."""
+        begin = len(self.refusal)
+        return Baseline(
+            refusal=torch.cat([self.refusal, other.refusal]),
+            probability=torch.cat([self.probability, other.probability]),
+            activations=torch.cat([self.activations, other.activations]),
+            activations_of=(*self.activations_of, *(begin + prompt for prompt in other.activations_of)),
+            logits={**self.logits, **{begin + prompt: logits for prompt, logits in other.logits.items()}},
+        )
+
+    def renumbered(self, order: Sequence[int]) -> Baseline:
+        """The baseline of these prompts alone, numbered as they stand in `order`."""
+        numbered, place = list(enumerate(order)), {prompt: place for place, prompt in enumerate(self.activations_of)}
+        return Baseline(
+            refusal=self.refusal[list(order)],
+            probability=self.probability[list(order)],
+            activations=self.activations[[place[prompt] for _, prompt in numbered if prompt in place]],
+            activations_of=tuple(number for number, prompt in numbered if prompt in place),
+            logits={number: self.logits[prompt] for number, prompt in numbered if prompt in self.logits},
+        )
+
 
 def baseline_bytes(stream: ResidualStream, *, n_activations: int, n_positions: int, n_logits: int) -> int:
     """Bytes of a Baseline with the activations and the logits of this many prompts."""
@@ -97,6 +119,7 @@ def measure_baseline(
     logits_of: Sequence[int],
     tick: Tick = silent,
     store: CheckpointStore = NO_CHECKPOINTS,
+    key: str = "baseline",
     log: RunLog | None = None,
 ) -> Baseline:
     """Run every prompt of the engine once.
@@ -109,10 +132,11 @@ def measure_baseline(
         logits_of: the prompts whose logits are kept for the KL divergence.
         tick: receives progress.
         store: holds the result of an interrupted run, and receives this one's.
+        key: of the result in the store.
         log: receives the times and warnings of a resumed run.
     """
     log = log or RunLog()
-    stored = store.load("baseline")
+    stored = store.load(key)
     if all_ranks(stored is not None) and stored is not None:
         log.resume(stored)
         engine.adopt("hooked" if stored.tensors["hooked"] else "layer-major")
@@ -122,7 +146,7 @@ def measure_baseline(
             engine, tokens, n_positions=n_positions, activations_of=activations_of, logits_of=logits_of
         )
         tensors = _run(engine, collector, logits_of, tick)
-    store.save("baseline", Part(tensors, part.seconds, engine.leak, tuple(part.warnings)))
+    store.save(key, Part(tensors, part.seconds, engine.leak, tuple(part.warnings)))
     return _baseline(tensors, activations_of, logits_of)
 
 
@@ -135,12 +159,13 @@ def _run(engine: Engine, collector: _Collector, logits_of: Sequence[int], tick: 
         engine.adopt("hooked", "Run layer by layer, the model's results were wrong in another process.")
     scores, logits = merge_ranks(collector.scores), merge_ranks(collector.logits)
     refusal, probability = torch.tensor([scores[prompt] for prompt in everyone], dtype=torch.float64).unbind(1)
-    (activations,) = all_sum(collector.activations)
+    nothing = not collector.activations.numel()
+    (activations,) = (collector.activations,) if nothing else all_sum(collector.activations)
     return {
         "refusal": refusal,
         "probability": probability,
         "activations": activations,
-        "logits": torch.stack([logits[prompt] for prompt in logits_of]),
+        "logits": torch.stack([logits[prompt] for prompt in logits_of]) if logits_of else torch.zeros(0, 0),
         "hooked": torch.tensor(engine.name == "hooked"),
     }
 

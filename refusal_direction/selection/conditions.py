@@ -8,10 +8,11 @@ from enum import Enum
 from math import inf, isnan
 
 from refusal_direction.config import Config, Thresholds
+from refusal_direction.errors import ConfigurationError
 from refusal_direction.scoring.metrics import Measure
 from refusal_direction.scoring.scores import CandidateScore
 
-__all__ = ["Conditions", "Rejection", "layer_limit"]
+__all__ = ["Conditions", "Rejection", "check_layers", "layer_limit"]
 
 
 class Rejection(Enum):
@@ -32,6 +33,14 @@ class Rejection(Enum):
 def layer_limit(n_layers: int, thresholds: Thresholds) -> int:
     """The first layer from which candidates are discarded."""
     return int(round(n_layers * (1.0 - thresholds.prune_layers), 9))  # 10 * (1.0 - 0.9) is a little less than 1
+
+
+def check_layers(config: Config, n_layers: int) -> None:
+    """Raise ConfigurationError if --prune_layers leaves no layer, unless the condition can be dropped."""
+    if layer_limit(n_layers, config.thresholds) < 1 and not config.rules.relaxing:
+        raise ConfigurationError(
+            f"--prune_layers {config.thresholds.prune_layers:g} leaves none of {n_layers} layers to select from. Lower it."
+        )
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from refusal_direction.scoring.scores import CandidateScore
@@ -13,12 +13,16 @@ from refusal_direction.selection.conditions import Conditions, Rejection, layer_
 
 __all__ = [
     "Decision",
+    "Miss",
     "decide",
     "explain_no_candidate",
     "finalists",
+    "nearest_misses",
     "ranks",
     "relax_layer_and_kl",
+    "shortcomings",
     "warn_layer_and_kl",
+    "warn_nearest",
     "warn_steering",
 ]
 
@@ -35,6 +39,25 @@ class Decision:
     """None for the selected one."""
     conditions: Conditions
     """The conditions in force: some may have been dropped because no candidate met them."""
+
+
+@dataclass(frozen=True)
+class Miss:
+    """A candidate that comes close to meeting every condition."""
+
+    index: int
+    score: CandidateScore
+    violated: tuple[Rejection, ...]
+    needs: Mapping[str, float]
+    """The thresholds, by name, that would admit it."""
+
+    @property
+    def flags(self) -> str:
+        """The thresholds that would admit it, as on the command line."""
+        return " ".join(f"--{name} {value}" for name, value in self.needs.items())
+
+    def __str__(self) -> str:
+        return f"{self.score.label} (ablation score {self.score.ablation_refusal:.2f}) needs {self.flags}"
 
 
 def ranks(scores: Sequence[CandidateScore], conditions: Conditions, zero: Sequence[bool]) -> list[int]:
@@ -107,44 +130,79 @@ def warn_steering(conditions: Conditions) -> None:
     )
 
 
+def warn_nearest(score: CandidateScore, conditions: Conditions) -> None:
+    """Warn that no candidate meets the conditions, so that the nearest miss is used."""
+    log.warning(
+        "No candidate meets every condition; the nearest miss, %s, is used: %s.",
+        score.label,
+        ", ".join(shortcomings(score, conditions)),
+    )
+
+
+def shortcomings(score: CandidateScore, conditions: Conditions) -> list[str]:
+    """The conditions on layer and scores that a candidate violates, in words."""
+    words = {
+        Rejection.LAYER: f"its layer is not below {conditions.layer_limit:g}",
+        Rejection.KL: f"its KL is above {conditions.kl_threshold:g}",
+        Rejection.STEERING: f"its steering score is below {conditions.induce_threshold:.2f}",
+    }
+    return [words[violated] for violated in conditions.violations(score) if violated in words]
+
+
 def explain_no_candidate(
     scores: Sequence[CandidateScore], decision: Decision, zero: Sequence[bool], n_layers: int
 ) -> str:
     """The message where no candidate meets the conditions, with the nearest misses and the thresholds that they need."""
     conditions, by_rejection = decision.conditions, Counter(decision.rejections)
+    if all(zero):
+        return "Every candidate has length zero: harmful and harmless training prompts leave the same activations. Are they the same?"
     if conditions.relaxing:
         return "No candidate has all of its scores: some are NaN. Try --dtype float32."
     counted = "; ".join(
         f"{count} by {conditions.reason(rejection, n_layers)}" for rejection, count in by_rejection.items() if rejection
     )
-    alive = [score for index, score in enumerate(scores) if not zero[index]]
-    lines = [f"  {_miss(score, conditions)}" for score in _nearest(alive, conditions, n_layers)]
+    lines = [f"  {miss}" for miss in nearest_misses(scores, conditions, zero, n_layers)]
     misses = "\nThe nearest misses:\n" + "\n".join(lines) if lines else ""
+    remedy = "\n--select nearest takes the first of them all the same." if lines else ""
     return (
         f"None of {len(scores)} candidates passes every condition: {counted}. No direction in this model both carries refusal "
-        f"and leaves harmless behaviour alone, by these thresholds. No results were written.{misses}"
+        f"and leaves harmless behaviour alone, by these thresholds.{misses}{remedy}"
     )
 
 
-def _nearest(scores: Sequence[CandidateScore], conditions: Conditions, n_layers: int) -> list[CandidateScore]:
+def nearest_misses(
+    scores: Sequence[CandidateScore], conditions: Conditions, zero: Sequence[bool], n_layers: int
+) -> list[Miss]:
+    """The three candidates that violate the conditions on KL and steering by least, in order; a tie goes to the first.
+
+    Only candidates of allowed layers and with all scores count. There are none where conditions are relaxing: dropping those
+    that no candidate meets has admitted the nearest.
+    """
+
     def excess(score: CandidateScore) -> float:
         too_far = max(0.0, score.kl_div - conditions.kl_threshold) / max(conditions.kl_threshold, 0.01)
         return too_far + max(0.0, conditions.induce_threshold - score.steering_refusal)
 
+    if conditions.relaxing:
+        return []
     limit = layer_limit(n_layers, conditions.asked)
     finite = [
-        score for score in scores if score.layer < limit and not math.isnan(excess(score) + score.ablation_refusal)
+        index
+        for index, score in enumerate(scores)
+        if not zero[index]
+        and score.layer < limit
+        and math.isfinite(score.kl_div + score.steering_refusal + score.ablation_refusal)
     ]
-    return sorted(finite, key=excess)[:3]
+    return [_miss(index, scores[index], conditions) for index in sorted(finite, key=lambda i: excess(scores[i]))[:3]]
 
 
-def _miss(score: CandidateScore, conditions: Conditions) -> str:
+def _miss(index: int, score: CandidateScore, conditions: Conditions) -> Miss:
     failed = tuple(conditions.violations(score))
-    return (
-        f"{score.label} (ablation score {score.ablation_refusal:.2f}) needs"
-        + (f" --kl_threshold {_up(score.kl_div)}" if Rejection.KL in failed else "")
-        + (f" --induce_threshold {-_up(-score.steering_refusal)}" if Rejection.STEERING in failed else "")
-    )
+    needs = {
+        **({"kl_threshold": _up(score.kl_div)} if Rejection.KL in failed else {}),
+        **({"induce_threshold": -_up(-score.steering_refusal)} if Rejection.STEERING in failed else {}),
+    }
+    return Miss(index, score, failed, needs)
 
 
 def _up(value: float) -> float:

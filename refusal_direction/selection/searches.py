@@ -10,7 +10,6 @@ import torch
 
 from refusal_direction.config import Config, search_name
 from refusal_direction.directions import unit
-from refusal_direction.errors import NoCandidateError
 from refusal_direction.methods import difference_of_means
 from refusal_direction.prompts.sets import Kind
 from refusal_direction.scoring.metrics import LEAST_REFUSAL, Measure, entropy, kl_floor
@@ -21,10 +20,11 @@ from refusal_direction.selection.conditions import Conditions, Rejection
 from refusal_direction.selection.decision import (
     Decision,
     decide,
-    explain_no_candidate,
     finalists,
+    nearest_misses,
     relax_layer_and_kl,
     warn_layer_and_kl,
+    warn_nearest,
     warn_steering,
 )
 from refusal_direction.selection.pruned.planner import Hints
@@ -46,7 +46,7 @@ class _Outcome:
 
     decision: Decision
     among: Sequence[int]
-    """The candidates that meet the conditions that rounding does not affect: length, layer and rank."""
+    """The candidates that meet the conditions that rounding does not affect: length, layer and rank; none without a selection."""
     at_best: Sequence[CandidateScore] = ()
     """If not every candidate was measured in full: the best that their means may be."""
 
@@ -65,37 +65,51 @@ class _Run:
         self.passes = ScoringPasses(context, progress, order)
 
     def decide(self, conditions: Conditions) -> Decision:
-        """The decision by all scores measured.
+        """The decision by all scores measured."""
+        return decide(self.passes.means(), conditions, self.zero)
 
-        Raises NoCandidateError, with the nearest misses, if no candidate meets the conditions.
-        """
-        means = self.passes.means()
-        decision = decide(means, conditions, self.zero)
-        if decision.selected is None:
-            raise NoCandidateError(explain_no_candidate(means, decision, self.zero, self.n_layers))
-        return decision
+    def nearest(self, decision: Decision) -> int | None:
+        """The nearest miss, with a warning; None if nothing comes near."""
+        for miss in nearest_misses(self.passes.means(), decision.conditions, self.zero, self.n_layers):
+            warn_nearest(miss.score, decision.conditions)
+            return miss.index
+        return None
 
 
 def select_direction(context: ScoringContext, config: Config, *, progress: Progress) -> tuple[SelectionResult, Scores]:
     """Score the candidates as the configuration asks, and select one; also returns the scores per prompt.
 
-    Raises NoCandidateError if no candidate can be selected.
+    If no candidate meets the conditions, the nearest miss is selected where the configuration asks for it, else none.
     """
     name, run = search_name(config), _Run(context, config, progress)
-    if all(run.zero):
-        raise NoCandidateError(
-            "Every candidate has length zero: harmful and harmless training prompts leave the same activations. Are they the same?"
-        )
-    outcome = {"exhaustive": _exhaustive, "kl_first": _kl_first, "pruned": _pruned}[name](run)
-    return _result(run, name, outcome), run.passes.scores
+    search = {"exhaustive": _exhaustive, "kl_first": _kl_first, "pruned": _pruned}[name]
+    outcome = _all_zero(run) if all(run.zero) else search(run)
+    index = outcome.decision.selected
+    if index is None and config.select == "nearest":
+        index = run.nearest(outcome.decision)
+    return _result(run, name, outcome, index), run.passes.scores
 
 
-def _result(run: _Run, name: str, outcome: _Outcome) -> SelectionResult:
+def _all_zero(run: _Run) -> _Outcome:
+    """Nothing to measure: candidates of length zero change nothing."""
+    return _Outcome(Decision(None, (Rejection.ZERO_LENGTH,) * len(run.zero), run.conditions), ())
+
+
+def _result(run: _Run, name: str, outcome: _Outcome, index: int | None) -> SelectionResult:
     passes, decision = run.passes, outcome.decision
     means, noise = passes.means(), passes.repeats.noise
-    assert decision.selected is not None, "an outcome has a selected candidate"
+    tied: tuple[int, ...] = ()
+    if decision.selected is not None:
+        tied = ties(
+            means,
+            decision.selected,
+            outcome.among,
+            conditions=decision.conditions,
+            noise=noise,
+            at_best=outcome.at_best,
+        )
     return SelectionResult(
-        index=decision.selected,
+        index=index,
         means=means,
         rejections=decision.rejections,
         conditions_asked=run.conditions,
@@ -107,14 +121,7 @@ def _result(run: _Run, name: str, outcome: _Outcome) -> SelectionResult:
         exhaustive_evaluations=len(request_all(run.context)),
         noise=noise,
         n_repeated=passes.repeats.count,
-        ties=ties(
-            means,
-            decision.selected,
-            outcome.among,
-            conditions=decision.conditions,
-            noise=noise,
-            at_best=outcome.at_best,
-        ),
+        ties=tied,
     )
 
 
@@ -171,7 +178,7 @@ def _pruned(run: _Run) -> _Outcome:
 
 
 def _nothing_found(run: _Run, found: PrunedResult) -> _Outcome:
-    """Measure the rest and decide as an exhaustive search does, which raises NoCandidateError with the nearest misses."""
+    """Measure the rest, for the nearest misses, and decide as an exhaustive search does."""
     if not run.conditions.relaxing:
         alive = [index for index, zero in enumerate(run.zero) if not zero]
         missing = [request for index in alive for m in Measure for request in found.table.missing(index, m)]
