@@ -146,7 +146,13 @@ def run(ready: Prepared, *, progress: Progress | None = None, checkpoint_dir: st
         baseline = _baseline(ready, progress, store, timer)
         _check_finite(baseline, ready.chat)
         probability = _diagnosed(baseline, ready)
-        kept = filter_prompts(baseline.refusal, ready.prompts.indices(), skip=config.skip_filter, rules=config.rules)
+        kept = filter_prompts(
+            baseline.refusal,
+            ready.prompts.indices(),
+            skip=config.skip_filter,
+            rules=config.rules,
+            calibrated=config.calibrate_refusal,
+        )
     candidates = make_candidates(config.methods, *(baseline.activations_at(kept[kind, Split.TRAIN]) for kind in Kind))
     context = ScoringContext(engine, ready.tokens.ids, candidates, baseline, kept, store, timer)
     with timer("interventions"):
@@ -220,6 +226,10 @@ def _resolve(model: str | os.PathLike[str] | ChatModel, config: Config | None) -
         raise ConfigurationError(
             f"extract needs a chat model or a model's id, not a {type(model).__name__}. Load it by load_chat_model or "
             "load_vision_model, or make a ChatModel(model, tokenizer, model_id)."
+        )
+    if not isinstance(config, Config | None):
+        raise ConfigurationError(
+            f"extract needs a Config, not a {type(config).__name__}: extract(model, Config(search='pruned'))."
         )
     if isinstance(model, str | os.PathLike):
         config = Config() if config is None else config
@@ -345,6 +355,6 @@ def _diagnosed(baseline: Baseline, ready: Prepared) -> dict[Kind, ProbabilityQua
         for kind in Kind
     }
     by_name = {kind.value: found for kind, found in quartiles.items()}
-    if diagnosis := refusal_tokens.diagnose(ready.tokens, **by_name):
+    if diagnosis := refusal_tokens.diagnose(ready.tokens, **by_name, calibrated=ready.config.calibrate_refusal):
         log.warning("%s", diagnosis)
     return quartiles

@@ -213,7 +213,7 @@ def test_calibration_is_recorded(tmp_path: Path):
         (["--n_train", "100000"], "were asked for"),
         (["--harmful", "none.txt", "--harmless", "none.txt"], "none.txt: no such file"),
         (["--refusal_tokens", "zyxwvut"], "is not one token of demo"),
-        (["--refusal_tokens", ""], "an empty text is not a token"),
+        (["--refusal_tokens", ""], "--refusal_tokens: it is empty"),
         (["--chat_template", "{{ bos_token }}<start_of_turn>model"], "leaves out the request"),
         (["--refusal_tokens", "I", "--calibrate_refusal"], "exclude each other"),
         (["--refusal_tokens", "a"], "The filter left too few prompts"),
@@ -272,11 +272,8 @@ def test_an_empty_name_is_no_path(
 ):
     """As of a variable that is not set: the working directory was hardly meant."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit):
-        cli.main([*FEW, flag, ""])
-    said = capsys.readouterr().err
-    assert f"argument {flag}" in said
-    assert "it is empty: name a file or folder" in said
+    assert cli.main([*FEW, flag, ""]) == 2
+    assert f"Error: {flag}: it is empty." in capsys.readouterr().err
 
 
 def test_a_run_that_ends_in_an_error_leaves_no_empty_folder(tmp_path: Path):

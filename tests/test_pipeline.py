@@ -88,9 +88,9 @@ def test_a_prompt_whose_end_becomes_one_token_with_the_templates_is_refused(chat
 
 
 def test_prompts_without_images_are_not_for_a_vision_language_model():
-    texts = ["Name a colour.", "Paint a wall."]
+    texts = PromptSets(["Name a colour."], ["Paint a wall."], ["Name a tree."], ["Paint a door."])
     with pytest.raises(PromptError, match="'Name a colour.' has no image, which demo needs"):
-        extract(load_vision_model("demo"), prompts=PromptSets(*[texts] * 4))
+        extract(load_vision_model("demo"), prompts=texts)
 
 
 def test_what_is_no_chat_model_or_no_prompts_is_explained(chat: ChatModel):
@@ -117,9 +117,10 @@ def test_autocast_around_a_run_changes_nothing(chat: ChatModel, extraction: RunR
 
 @pytest.mark.parametrize("search", ["exhaustive", "pruned"])
 def test_prompts_that_are_the_same_on_both_sides_give_no_candidate(chat: ChatModel, search: str):
-    texts = ["Name a colour.", "Paint a wall."]
+    same = replace(chat, chat_template="{{ messages[-1]['content'] | lower }} Reply:")
+    texts = ("Name a colour.", "NAME A COLOUR.", "Name A Colour.", "name a colour.")
     with pytest.raises(NoCandidateError, match="Every candidate has length zero.*Are they the same"):
-        extract(chat, replace(FEW, search=search, skip_filter=True), prompts=PromptSets(texts, texts, texts, texts))
+        extract(same, replace(FEW, search=search, skip_filter=True), prompts=PromptSets(*([text] for text in texts)))
 
 
 def test_the_probability_of_the_refusal_tokens_is_that_of_each_kind_of_prompts(extraction: RunResult):
@@ -188,7 +189,7 @@ def test_a_configuration_for_the_other_kind_of_model_is_refused(chat: ChatModel)
     [
         (lambda: Config(batch_size=0), "--batch_size 0: must be at least 1"),
         (lambda: Config(memory_budget=0), "--memory_budget 0"),
-        (lambda: Config(refusal_tokens="As"), r"give a tuple of tokens, as \('As',\)"),
+        (lambda: Config(refusal_tokens="As"), r"--refusal_tokens: must be a tuple, .*, but 'As' \(str\) was given"),
         (lambda: Config(refusal_tokens=("I",), calibrate_refusal=True), "exclude each other"),
         (lambda: PromptSource(n_val=0), "--n_val 0"),
         (lambda: Thresholds(kl_threshold=float("nan")), "--kl_threshold nan: must be a number"),

@@ -31,7 +31,7 @@ from refusal_direction.config import DEMO_MODEL, Config, ModelSource
 from refusal_direction.demo import vision as demo_vision
 from refusal_direction.errors import ConfigurationError, ModelAccessError
 from refusal_direction.models.access import access_explained, configuration_explained, fitting
-from refusal_direction.models.adapters import add_adapter, check_peft
+from refusal_direction.models.adapters import add_adapter, check_adapter
 from refusal_direction.models.chat import ChatModel
 from refusal_direction.models.vision import VisionChatModel
 from refusal_direction.runtime import processes
@@ -75,17 +75,26 @@ def load_chat_model(source: ModelSource | str | os.PathLike[str]) -> ChatModel:
     Raises ModelError (ModelAccessError if it is gated, unknown or out of reach, TokenizerError, ChatTemplateError, ...),
     ConfigurationError, OutOfMemoryError.
     """
-    source = source if isinstance(source, ModelSource) else ModelSource(model_id=str(source))
+    source = _source(source)
     model, tokenizer = _load(source, demo.MODEL_DIR, AutoModelForCausalLM, AutoTokenizer)
     return _checked(ChatModel(model, tokenizer, **_identity(source, model)))
 
 
 def load_vision_model(source: ModelSource | str | os.PathLike[str]) -> VisionChatModel:
     """Load a vision-language model with its processor, in the same way as `load_chat_model`, and with the same errors."""
-    source = source if isinstance(source, ModelSource) else ModelSource(model_id=str(source))
+    source = _source(source)
     model, processor = _load(source, demo_vision.MODEL_DIR, AutoModelForImageTextToText, AutoProcessor)
     tokenizer = processor.tokenizer
     return _checked(VisionChatModel(model, tokenizer, **_identity(source, model), processor=processor))
+
+
+def _source(given: ModelSource | str | os.PathLike[str]) -> ModelSource:
+    if not isinstance(given, ModelSource | str | os.PathLike):
+        raise ConfigurationError(
+            f"A model is loaded by its Hub id, its folder or a ModelSource, not by a {type(given).__name__}. A model that is "
+            "loaded already needs none of it: ChatModel(model, tokenizer, model_id)."
+        )
+    return given if isinstance(given, ModelSource) else ModelSource(model_id=os.fspath(given))
 
 
 def _identity(source: ModelSource, model: PreTrainedModel) -> dict[str, Any]:
@@ -152,7 +161,7 @@ def _origin(source: ModelSource) -> dict[str, Any]:
 
 
 def _check_settings(source: ModelSource) -> None:
-    """Raise ConfigurationError, before any download, for settings that cannot be used."""
+    """Raise ConfigurationError or ModelError, before any weights are loaded, for settings that cannot be used."""
     if source.revision is not None and (source.model_id == DEMO_MODEL or Path(source.model_id).exists()):
         raise ConfigurationError(
             f"--revision {source.revision}: only models on the Hub have revisions, and this is a folder. Leave out --revision."
@@ -166,7 +175,8 @@ def _check_settings(source: ModelSource) -> None:
                 "bitsandbytes"
             )
     if source.adapter is not None:
-        check_peft()
+        check_adapter(source.adapter, allow_pickle=source.allow_pickle)
+    _template(source.chat_template)
 
 
 def _quantization(source: ModelSource, config: PretrainedConfig, dtype: torch.dtype) -> dict[str, Any]:
