@@ -239,6 +239,53 @@ def test_an_error_is_one_message_without_traceback_and_exit_code_2(
     assert ("--resume" in shown.err) == bool(left)
 
 
+@pytest.mark.parametrize("flag", ["--system_prompt", "--refusal_tokens", "--model_id", "--chat_template", "--harmful"])
+@pytest.mark.parametrize(("text", "said"), [("caf\udce9", "not UTF-8"), ("a\0", "a NUL character")])
+def test_text_that_cannot_be_encoded_is_found_before_the_work(
+    flag: str,
+    text: str,
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(pipeline, "prepared", lambda *args, **kwargs: pytest.fail("the work had begun"))
+    assert run(flag, text, output=tmp_path / "out") == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"Error: {flag} ")
+    assert said in shown
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_template_that_is_missing_is_found_before_the_weights_are_loaded(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(pipeline, "load", lambda config: pytest.fail("the weights were loaded"))
+    assert run("--chat_template", "~/none.jinja", output=tmp_path) == 2
+    assert f"--chat_template {os.path.expanduser('~/none.jinja')}: neither" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a working folder cannot be removed there")
+def test_a_working_folder_that_is_gone_is_explained(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert run(output=tmp_path / "out") == 2
+    assert "Error: The working folder is gone" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", ["abc", "0", "1.5", "-3", "9" * 5000])
+def test_a_variable_that_is_no_count_is_named(
+    value: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("VLM_N_TRAIN", value)
+    assert cli.main_vlm(["--model_id", "demo"]) == 2
+    assert "Error: VLM_N_TRAIN=" in capsys.readouterr().err
+
+
 def test_what_is_kept_is_said_again_after_another_try(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for more in ((), ("--resume",), ("--resume",)):
         assert run("--kl_threshold", "-1", *more, output=tmp_path) == 2

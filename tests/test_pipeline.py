@@ -96,6 +96,9 @@ def test_prompts_without_images_are_not_for_a_vision_language_model():
 def test_what_is_no_chat_model_or_no_prompts_is_explained(chat: ChatModel):
     with pytest.raises(ConfigurationError, match="not a GemmaForCausalLM. Load it by load_chat_model"):
         extract(chat.model)  # type: ignore[arg-type]
+    for config in ("pruned", {"search": "pruned"}, Config):
+        with pytest.raises(ConfigurationError, match=f"extract needs a Config, not a {type(config).__name__}: "):
+            extract(chat, config)  # type: ignore[arg-type]
     with pytest.raises(PromptError, match=r"prompts must be PromptSets\(harmful_train=..., ...\), not a list"):
         extract(chat, prompts=[["a"]] * 4)  # type: ignore[arg-type]
 

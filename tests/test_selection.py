@@ -185,3 +185,16 @@ def test_too_few_prompts_are_explained_by_the_side_that_lacks_them(refusal: list
 
 def test_skipping_the_filter_keeps_everything():
     assert filter_prompts(torch.full((10,), NAN), SETS, skip=True) == SETS
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [[-1.0] * 5 + [-1.0] * 5, [1.0] * 5 + [1.0] * 5, [-1.0] * 5 + [1.0] * 5],
+    ids=["answers", "refuses", "both"],
+)
+def test_what_is_advised_depends_on_what_was_asked_for(refusal: list[float]):
+    for calibrated in (False, True):
+        with pytest.raises(TooFewPromptsError) as caught:
+            filter_prompts(torch.tensor(refusal), SETS, calibrated=calibrated)
+        assert ("--calibrate_refusal" in str(caught.value)) != calibrated
+        assert "--refusal_tokens" in str(caught.value)
