@@ -6,7 +6,6 @@ import argparse
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import Field, fields
-from reprlib import repr as shortened
 from typing import Any, get_args, get_type_hints
 
 from refusal_direction.config import Config, ModelSource, PromptSource, Thresholds
@@ -113,7 +112,7 @@ def _count(variable: str, text: str) -> int:
     except ValueError:
         count = 0
     if count < 1:
-        raise ConfigurationError(f"{variable}={shortened(text)}: must be a whole number of at least 1.")
+        raise ConfigurationError(f"{variable}={text[:40]}: must be a whole number of at least 1.")
     return count
 
 

@@ -277,15 +277,6 @@ def test_a_working_folder_that_is_gone_is_explained(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("value", ["abc", "0", "1.5", "-3", "9" * 5000])
-def test_a_variable_that_is_no_count_is_named(
-    value: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setenv("VLM_N_TRAIN", value)
-    assert cli.main_vlm(["--model_id", "demo"]) == 2
-    assert "Error: VLM_N_TRAIN=" in capsys.readouterr().err
-
-
 def test_what_is_kept_is_said_again_after_another_try(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for more in ((), ("--resume",), ("--resume",)):
         assert run("--kl_threshold", "-1", *more, output=tmp_path) == 2
