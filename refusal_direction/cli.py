@@ -139,6 +139,14 @@ def main_vlm(argv: Sequence[str] | None = None) -> int:
     return _main(argv, VISION_CONFIG)
 
 
+def _check_working_folder() -> None:
+    """Raise OutputError in a folder that has been removed, in which no path means anything."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise OutputError(f"The working folder is gone ({error.strerror}). Change to one that exists: cd ~") from error
+
+
 def _command(argv: Sequence[str]) -> tuple[Callable[[Config], None], Sequence[str]]:
     """The command and its flags: `inspect MODEL ...` looks at a model, anything else is a run."""
     if not argv or argv[0] != "inspect":
@@ -168,6 +176,7 @@ def _main(argv: Sequence[str] | None, defaults: Config) -> int:
     before: set[tuple[Path, int]] = set()
     _open_output()
     try:
+        _check_working_folder()
         command, flags = _command(sys.argv[1:] if argv is None else argv)
         config = parse(flags, defaults)
         before = _checkpoints(config)

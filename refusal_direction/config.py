@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+import os
+from contextlib import suppress
+from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from reprlib import repr as shortened
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from refusal_direction.errors import ConfigurationError
 
@@ -35,7 +40,10 @@ DEMO_MODEL = "demo"
 
 
 def _setting(default: Any, help: str, **flag: Any) -> Any:
-    """A field that is also a flag; its help text documents both."""
+    """A field that is also a flag; its help text documents both.
+
+    `path` marks text that may name a file or folder, `empty` text that may be empty.
+    """
     return field(default=default, metadata={"help": help, **flag})
 
 
@@ -50,36 +58,129 @@ def _at_least(minimum: int, **counts: int | None) -> None:
         _require(count is None or count >= minimum, name, count, f"at least {minimum}")
 
 
+_EXPECTED = {
+    NoneType: "None",
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    Path: "a path",
+}
+"""Types of settings, in words."""
+
+
+def _expected(kind: Any) -> str:
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(map(_expected, get_args(kind)))
+    if get_origin(kind) is tuple:
+        return f"a tuple, each member {_expected(get_args(kind)[0])}"
+    return _EXPECTED.get(kind) or f"a {kind.__name__}"
+
+
+def _converted(kind: Any, value: Any) -> Any:
+    """The value as an instance of a type: a list becomes a tuple, a string a path, a whole number a float.
+
+    Raises TypeError if it is of another type.
+    """
+    if get_origin(kind) in (Union, UnionType):
+        for member in get_args(kind):
+            with suppress(TypeError):
+                return _converted(member, value)
+    elif get_origin(kind) is tuple and isinstance(value, list | tuple):
+        return tuple(_converted(get_args(kind)[0], member) for member in value)
+    elif kind in (bool, NoneType, str) or is_dataclass(kind):
+        if isinstance(value, kind):
+            return value
+    elif kind is Path and isinstance(value, str | os.PathLike):
+        return Path(os.path.expanduser(value))  # Path.expanduser fails for unknown users
+    elif kind is int and isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
+    elif kind is float and isinstance(value, Real) and not isinstance(value, bool):
+        return float(value)
+    raise TypeError(f"{kind} expected")
+
+
+def _check_text(name: str, value: object, empty: bool) -> None:
+    """Raise ConfigurationError for text that no file, template or model can take.
+
+    Args:
+        name: the name of the setting.
+        value: its value, of any type.
+        empty: whether it may be empty.
+    """
+    for member in value if isinstance(value, list | tuple) else (value,):
+        text = os.fspath(member) if isinstance(member, os.PathLike) else member
+        if not isinstance(text, str):
+            continue
+        if not text and not empty:
+            raise ConfigurationError(f"{name}: it is empty. Give a value, or leave it out.")
+        if "\0" in text:
+            raise ConfigurationError(f"{name} {shortened(text)}: it holds a NUL character. Take that out.")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigurationError(
+                f"{name} {shortened(text)}: it holds bytes that are not UTF-8. Write it in UTF-8; rename a file whose name is not."
+            ) from error
+
+
 @dataclass(frozen=True)
-class ModelSource:
+class _Settings:
+    """Settings whose values are checked by the types of their fields, and converted where nothing is lost.
+
+    Raises ConfigurationError, which names the field, for a value of another type, and for text that nothing can take.
+    """
+
+    def __post_init__(self) -> None:
+        types = get_type_hints(type(self))
+        for setting in fields(self):
+            value = _checked(setting, types[setting.name], getattr(self, setting.name))
+            object.__setattr__(self, setting.name, value)
+
+
+def _checked(setting: Field[Any], kind: Any, value: Any) -> Any:
+    """The value of a setting, as an instance of its type."""
+    name = f"--{setting.name}" if "help" in setting.metadata else setting.name
+    _check_text(name, value, empty=setting.metadata.get("empty", False))
+    if setting.metadata.get("path") and isinstance(value, str | os.PathLike):
+        value = _expanded(os.fspath(value))
+    try:
+        return _converted(kind, value)
+    except (TypeError, OverflowError) as error:
+        given = f"{shortened(value)} ({type(value).__name__})"
+        raise ConfigurationError(f"{name}: must be {_expected(kind)}, but {given} was given.") from error
+
+
+def _expanded(text: str) -> str:
+    """A path with ~ as the home folder; text with braces is a template, and stays as it is."""
+    return text if "{" in text else os.path.expanduser(text)
+
+
+@dataclass(frozen=True)
+class ModelSource(_Settings):
     """The model and how it is loaded."""
 
-    model_id: str = _setting("google/gemma-7b-it", "Hub id, folder, GGUF file, or demo", metavar="ID")
+    model_id: str = _setting("google/gemma-7b-it", "Hub id, folder, GGUF file, or demo", metavar="ID", path=True)
     dtype: str = _setting("auto", "bfloat16, float16, float32 or auto: bfloat16 where the device is fast with it")
     device: str = _setting("auto", "cuda, mps, cpu or auto (offloads weights that do not fit)")
     quantization: str | None = _setting(None, "4bit or 8bit: quantise the weights (bitsandbytes)", metavar="BITS")
     revision: str | None = _setting(None, "branch, tag or commit of a Hub id", metavar="NAME")
-    adapter: str | None = _setting(None, "PEFT adapter for the model: Hub id or folder", metavar="ID")
+    adapter: str | None = _setting(None, "PEFT adapter for the model: Hub id or folder", metavar="ID", path=True)
     trust_remote_code: bool = _setting(False, "run Python code that comes with the model")
     allow_pickle: bool = _setting(False, "load weights that are not in safetensors format")
-    chat_template: str | None = _setting(None, "Jinja chat template, or a file with one", metavar="FILE")
-    system_prompt: str | None = _setting(None, "system message, if the template takes one", metavar="TEXT")
+    chat_template: str | None = _setting(None, "Jinja chat template, or a file with one", metavar="FILE", path=True)
+    system_prompt: str | None = _setting(None, "system message, if the template takes one", metavar="TEXT", empty=True)
     thinking: bool = _setting(False, "let a reasoning model think before it answers")
-    gguf_file: str | None = _setting(None, "which GGUF file of the folder or Hub id", metavar="NAME")
-
-    def __post_init__(self) -> None:
-        for name in ("model_id", "gguf_file", "adapter", "chat_template"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, None if value is None else str(value))  # a path is accepted too
+    gguf_file: str | None = _setting(None, "which GGUF file of the folder or Hub id", metavar="NAME", path=True)
 
 
 @dataclass(frozen=True)
-class PromptSource:
+class PromptSource(_Settings):
     """The prompts and how many are drawn."""
 
     harmful: Path | None = _setting(
         None,
-        "your harmful prompts: .json, .jsonl, .csv, .txt",
+        "your harmful prompts: .json, .jsonl, .csv, .parquet, .txt",
         metavar="FILE",
         vision_metavar="FOLDER",
         vision_help="your harmful prompts: images with metadata.jsonl",
@@ -94,16 +195,13 @@ class PromptSource:
     seed: int = _setting(42, "seed of the draw")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _at_least(1, n_train=self.n_train, n_val=self.n_val)
         _at_least(0, n_test=self.n_test)
-        for name in ("data_dir", "harmful", "harmless"):
-            path = getattr(self, name)
-            if path is not None:  # a string is accepted too
-                object.__setattr__(self, name, Path(path))
 
 
 @dataclass(frozen=True)
-class Thresholds:
+class Thresholds(_Settings):
     """The conditions that a candidate must meet (paper, section 2.3 and appendix C)."""
 
     kl_threshold: float = _setting(0.1, "discard candidates with a larger mean KL divergence")
@@ -114,8 +212,7 @@ class Thresholds:
     )
 
     def __post_init__(self) -> None:
-        for name in ("kl_threshold", "induce_threshold", "prune_layers"):
-            object.__setattr__(self, name, float(getattr(self, name)))  # a whole number is accepted too
+        super().__post_init__()
         for name in ("kl_threshold", "induce_threshold"):
             _require(not math.isnan(getattr(self, name)), name, getattr(self, name), "a number")
         _require(0 <= self.prune_layers < 1, "prune_layers", self.prune_layers, "at least 0 and below 1")
@@ -123,7 +220,7 @@ class Thresholds:
 
 
 @dataclass(frozen=True)
-class Rules:
+class Rules(_Settings):
     """The differences between the method for text and the one for images with text (docs/method.md)."""
 
     images: bool
@@ -164,7 +261,7 @@ VISION = Rules(
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(_Settings):
     """All settings of one run.
 
     Raises ConfigurationError, as its parts do, for invalid values.
@@ -207,14 +304,12 @@ class Config:
     sanity: bool = _setting(False, "show a few baseline, ablated, steered completions", group="output")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _at_least(1, batch_size=self.batch_size, memory_budget=self.memory_budget)
-        object.__setattr__(self, "output_dir", Path(self.output_dir))
-        if isinstance(self.refusal_tokens, str | int):
-            raise ConfigurationError(f"refusal_tokens: give a tuple of tokens, as ({self.refusal_tokens!r},).")
-        if isinstance(self.methods, str) or not self.methods:
-            raise ConfigurationError(f"methods: give a tuple of names of methods, not {self.methods!r}.")
-        for name in ("refusal_tokens", "methods"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))  # a list is accepted too
+        if not self.methods:
+            raise ConfigurationError("methods: it is empty. Give at least one name of a method.")
+        for token in self.refusal_tokens:
+            _require(isinstance(token, str) or token >= 0, "refusal_tokens", token, "text, or an id of at least 0")
         _require(self.select in ("best", "nearest"), "select", self.select, "best or nearest")
         if self.refusal_tokens and self.calibrate_refusal:
             raise ConfigurationError("--refusal_tokens and --calibrate_refusal exclude each other: give one.")

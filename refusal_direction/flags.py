@@ -6,7 +6,6 @@ import argparse
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import Field, fields
-from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from refusal_direction.config import Config, ModelSource, PromptSource, Thresholds
@@ -82,7 +81,7 @@ def _options(field: Field[Any], value: Any, annotation: Any, defaults: Config) -
         options["help"] = "most rows through a layer at once"
     if isinstance(value, tuple):
         return {**options, "nargs": "+"}
-    types = {Path: _path, int: _bytes if metadata.get("size") else int, float: float}
+    types = {int: _bytes if metadata.get("size") else int, float: float}
     for kind in kinds:
         if kind in types:
             options["type"] = types[kind]
@@ -104,10 +103,19 @@ def parse(flags: Sequence[str], defaults: Config) -> Config:
     arguments = parser(defaults).parse_args(flags, argparse.Namespace(**given))
     for name, text in given.items():
         if getattr(arguments, name) is text:  # no flag has overridden it
-            if not text.isdecimal() or int(text) < 1:
-                raise ConfigurationError(f"{variables[name]}={text}: must be a whole number of at least 1.")
-            setattr(arguments, name, int(text))
+            setattr(arguments, name, _count(variables[name], text))
     return config_from(arguments, defaults)
+
+
+def _count(variable: str, text: str) -> int:
+    """The number in an environment variable."""
+    try:
+        count = int(text)
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise ConfigurationError(f"{variable}={text[:40]}: must be a whole number of at least 1.")
+    return count
 
 
 def config_from(arguments: argparse.Namespace, defaults: Config = Config()) -> Config:
@@ -128,13 +136,6 @@ def _some_of(arguments: argparse.Namespace, of: Sequence[Field[Any]]) -> dict[st
         for field in of
         if "help" in field.metadata and hasattr(arguments, field.name)
     }
-
-
-def _path(name: str) -> Path:
-    """A file or folder; ~ is the home folder, even where the shell does not expand it."""
-    if not name:
-        raise argparse.ArgumentTypeError("it is empty: name a file or folder, or leave the flag out")
-    return Path(os.path.expanduser(name))  # Path.expanduser fails for unknown users
 
 
 def _bytes(size: str) -> int:

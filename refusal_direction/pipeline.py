@@ -11,8 +11,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from refusal_direction import prompts as prompt_sources
 from refusal_direction.candidates import Candidates
 from refusal_direction.config import VISION_CONFIG, Config, search_name
@@ -22,17 +20,15 @@ from refusal_direction.engine.interventions import ResidualStream, eagerly, inte
 from refusal_direction.errors import (
     ConfigurationError,
     PromptError,
-    TokenizerError,
     TooFewPromptsError,
-    UnsupportedModelError,
 )
 from refusal_direction.fingerprint import fingerprint
 from refusal_direction.methods import check_methods, make_candidates
 from refusal_direction.models import refusal_tokens
 from refusal_direction.models.chat import ChatModel
-from refusal_direction.models.layers import n_embeddings
+from refusal_direction.models.inputs import check_finite, inputs_of
 from refusal_direction.models.loading import check_access, load
-from refusal_direction.models.placement import execution_device, not_finite
+from refusal_direction.models.placement import execution_device
 from refusal_direction.models.refusal_tokens import ProbabilityQuartiles, RefusalTokens
 from refusal_direction.models.vision import VisionChatModel
 from refusal_direction.prompts.sets import Kind, PromptSets, Split
@@ -59,7 +55,7 @@ from refusal_direction.selection.refill import refill
 from refusal_direction.selection.searches import select_direction
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 __all__ = ["Prepared", "Progress", "extract", "prepared", "run"]
 
@@ -159,11 +155,18 @@ def run(ready: Prepared, *, progress: Progress | None = None, checkpoint_dir: st
     store = NO_CHECKPOINTS if checkpoint_dir is None else _checkpoints(Path(checkpoint_dir), ready)
     with timer("baseline"):
         baseline = _baseline(ready, progress, store, timer)
-        _check_finite(baseline, ready.chat)
+        check_finite(baseline.refusal, ready.chat)
         ready, baseline, store = _refilled(ready, baseline, progress, store, timer)
         probability = _diagnosed(baseline, ready)
         sets = ready.prompts.indices()
-        kept = filter_prompts(baseline.refusal, sets, skip=config.skip_filter, rules=config.rules, asked=asked)
+        kept = filter_prompts(
+            baseline.refusal,
+            sets,
+            skip=config.skip_filter,
+            rules=config.rules,
+            asked=asked,
+            calibrated=config.calibrate_refusal,
+        )
         warn_few(kept, sets, asked)
     engine = ready.engine
     candidates = make_candidates(config.methods, *(baseline.activations_at(kept[kind, Split.TRAIN]) for kind in Kind))
@@ -224,7 +227,7 @@ def _engine(config: Config, chat: ChatModel, prompts: PromptSets, stream: Residu
     n_logits = len(prompts[Kind.HARMLESS, Split.VALIDATION])
     return Engine(
         stream,
-        _inputs(chat, prompts),
+        inputs_of(chat, prompts),
         batch_size=config.batch_size,
         memory=config.memory_budget,
         reserved_bytes=baseline_bytes(stream, n_activations=n_train, n_positions=chat.n_positions, n_logits=n_logits),
@@ -242,6 +245,10 @@ def _resolve(model: str | os.PathLike[str] | ChatModel, config: Config | None) -
         raise ConfigurationError(
             f"extract needs a chat model or a model's id, not a {type(model).__name__}. Load it by load_chat_model or "
             "load_vision_model, or make a ChatModel(model, tokenizer, model_id)."
+        )
+    if not isinstance(config, Config | None):
+        raise ConfigurationError(
+            f"extract needs a Config, not a {type(config).__name__}: extract(model, Config(search='pruned'))."
         )
     if isinstance(model, str | os.PathLike):
         config = Config() if config is None else config
@@ -280,66 +287,6 @@ def _eval_mode(chat: ChatModel | None) -> Iterator[None]:
             module.training = True
 
 
-def _inputs(chat: ChatModel, prompts: PromptSets) -> list[dict[str, Tensor]]:
-    """The model's inputs for every train and validation prompt.
-
-    Raises PromptError for a prompt that has more tokens than the model has positions, or does not end in the end-of-instruction
-    tokens; TokenizerError for one with a token that the model does not have.
-    """
-    inputs, eoi = [], list(chat.eoi_tokens)
-    _warn_of_control_tokens(chat, prompts)
-    for prompt in prompts.for_selection:
-        inputs.append(chat.inputs(prompt))
-        ids = inputs[-1]["input_ids"]
-        if ids.shape[1] > chat.most_tokens:
-            raise PromptError(
-                f"{prompt.id} has {ids.shape[1]} tokens, but {chat.model_id} takes {chat.most_tokens}. Leave it out, or shorten it."
-            )
-        if eoi and ids[0, -len(eoi) :].tolist() != eoi:
-            raise PromptError(
-                f"The end of {prompt.id} and the text that the chat template puts after it become tokens together, so that it "
-                "lacks the end-of-instruction tokens of the others. Take white space off its end, or leave it out."
-            )
-        if int(ids.max()) >= n_embeddings(chat.model):
-            raise TokenizerError(
-                f"The tokenizer of {chat.model_id} has tokens that the model does not know ({int(ids.max())}). They do not "
-                "belong together: get both from the same place."
-            )
-    for warning in chat.template_warnings(inputs[0]["input_ids"][0].tolist()):
-        log.warning("%s", warning)
-    return inputs
-
-
-def _warn_of_control_tokens(chat: ChatModel, prompts: PromptSets) -> None:
-    found = {prompt.id: tokens for prompt in prompts.for_selection if (tokens := chat.control_tokens(prompt.text))}
-    if found:
-        log.warning(
-            "%d of the prompts hold special tokens of %s (%s), which it reads as its own turns: %s. Take them out of these prompts.",
-            len(found),
-            chat.model_id,
-            ", ".join(dict.fromkeys(token for tokens in found.values() for token in tokens)),
-            ", ".join(list(found)[:10]) + (", ..." if len(found) > 10 else ""),
-        )
-
-
-def _check_finite(baseline: Baseline, chat: ChatModel) -> None:
-    """Raise UnsupportedModelError if the model's own logits are not numbers, with a remedy that can help."""
-    if not baseline.refusal.isnan().any():
-        return
-    what = (
-        f"The logits of {chat.model_id} are not numbers for {int(baseline.refusal.isnan().sum())} of {len(baseline.refusal)} "
-        "prompts, without any intervention."
-    )
-    if damaged := not_finite(chat.model):
-        raise UnsupportedModelError(
-            f"{what} {len(damaged)} of its weights are not finite ({', '.join(damaged[:3])}): the model's files are damaged, or "
-            "it was saved so. Download it again, or use another model."
-        )
-    raise UnsupportedModelError(
-        f"{what} " + ("Use another model." if chat.model.dtype == torch.float32 else "Try --dtype float32.")
-    )
-
-
 def _tokens(config: Config, chat: ChatModel, prompts: PromptSets) -> RefusalTokens:
     if config.calibrate_refusal:
         return refusal_tokens.calibrate(chat, prompts.harmful_train, config.rules, at_once=config.batch_size)
@@ -369,7 +316,7 @@ def _refilled(
         latest = _with_prompts(latest, more)
         key = f"baseline-{_prompts_key(store, latest.engine)}"
         found = _baseline(latest, progress, store, timer, name="Pass 1: further prompts", key=key)
-        _check_finite(found, ready.chat)
+        check_finite(found.refusal, ready.chat)
         return found
 
     refilled = refill(ready.prompts, baseline, measure)
@@ -418,6 +365,6 @@ def _diagnosed(baseline: Baseline, ready: Prepared) -> dict[Kind, ProbabilityQua
     """Quartiles of the refusal tokens' probability; warns if they suggest that the tokens are the wrong ones."""
     quartiles = refusal_probability(ready.prompts, baseline)
     by_name = {kind.value: found for kind, found in quartiles.items()}
-    if diagnosis := refusal_tokens.diagnose(ready.tokens, **by_name):
+    if diagnosis := refusal_tokens.diagnose(ready.tokens, **by_name, calibrated=ready.config.calibrate_refusal):
         log.warning("%s", diagnosis)
     return quartiles

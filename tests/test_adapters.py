@@ -17,7 +17,7 @@ from refusal_direction import Config, demo, extract, load_chat_model
 from refusal_direction.config import ModelSource, PromptSource, Thresholds
 from refusal_direction.engine.interventions import ResidualStream, ablated, intervened, steered
 from refusal_direction.errors import ConfigurationError, ModelAccessError, UnsupportedModelError
-from refusal_direction.models import adapters
+from refusal_direction.models import adapters, loading
 from refusal_direction.prompts import gather
 from refusal_direction.prompts.sets import Kind, Split
 from refusal_direction.scoring.metrics import refusal_score
@@ -242,3 +242,9 @@ def test_a_kind_of_adapter_that_peft_does_not_know_is_explained(config: dict[str
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(ModelAccessError, match="names no kind of adapter that peft .* knows"):
         adapters.add_adapter(build(FAMILIES["llama"]), str(tmp_path))
+
+
+@needs_peft
+def test_an_adapter_that_is_missing_is_found_before_any_weights_are_loaded(tmp_path: Path):
+    with pytest.raises(ModelAccessError, match="neither a folder here nor an adapter"):
+        loading.check_access(ModelSource("demo", adapter=str(tmp_path / "missing")))

@@ -369,3 +369,9 @@ def test_a_folder_that_cannot_be_written_is_found_out_before_the_work(tmp_path: 
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="Choose another --output_dir"):
         artifacts.check_writable(tmp_path / "file" / "artifacts", TEXT)
+
+
+def test_only_the_result_of_a_run_is_written(extraction: RunResult, tmp_path: Path):
+    with pytest.raises(TypeError, match="write needs the RunResult that extract returns, not a Direction"):
+        artifacts.write(extraction.direction, tmp_path / "out")  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()

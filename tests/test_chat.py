@@ -275,6 +275,35 @@ def test_a_refusal_token_outside_the_vocabulary_is_explained(chat: ChatModel, to
         refusal_tokens.resolve(chat, (token,))
 
 
+def test_calibration_is_not_advised_to_who_asked_for_it():
+    quartiles = map(ProbabilityQuartiles.of, (ANSWERED, ANSWERED))
+    said = refusal_tokens.diagnose(I_TOKEN, *quartiles, calibrated=True)
+    assert said is not None
+    assert "--calibrate_refusal" not in said
+    assert "Name the tokens that begin its refusals with --refusal_tokens" in said
+
+
+@pytest.mark.parametrize("token", ["3", 3, "<eos>", "0", "<bos>"])
+def test_a_special_token_is_said_to_be_one(chat: ChatModel, token: str | int):
+    with pytest.raises(RefusalTokenError, match=r"\) is a special token of demo, which begins no reply"):
+        refusal_tokens.resolve(chat, (token,))
+
+
+@pytest.mark.parametrize(
+    ("token", "said"),
+    [
+        ("9" * 5000, "the last id in the vocabulary of demo is"),
+        ("000999999", "the last id in the vocabulary of demo is"),
+        ("\u0663", "is not one token of demo"),  # a digit of another script is text
+        ("-1", "is not one token of demo"),
+    ],
+)
+def test_digits_that_are_no_id_are_explained(chat: ChatModel, token: str, said: str):
+    with pytest.raises(RefusalTokenError, match=said):
+        refusal_tokens.resolve(chat, (token,))
+    assert refusal_tokens.resolve(chat, ("046",)).ids == (46,)  # control
+
+
 def test_a_token_that_the_tokenizer_knows_and_the_model_does_not_is_explained(chat: ChatModel):
     more = copy.deepcopy(chat.tokenizer)
     more.add_tokens(["REFUSE"])

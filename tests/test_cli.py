@@ -215,7 +215,7 @@ def test_calibration_is_recorded(tmp_path: Path):
         (["--n_train", "100000"], "were asked for"),
         (["--harmful", "none.txt", "--harmless", "none.txt"], "none.txt: no such file"),
         (["--refusal_tokens", "zyxwvut"], "is not one token of demo"),
-        (["--refusal_tokens", ""], "an empty text is not a token"),
+        (["--refusal_tokens", ""], "--refusal_tokens: it is empty"),
         (["--chat_template", "{{ bos_token }}<start_of_turn>model"], "leaves out the request"),
         (["--refusal_tokens", "I", "--calibrate_refusal"], "exclude each other"),
         (["--refusal_tokens", "a"], "The filter left too few prompts"),
@@ -238,6 +238,44 @@ def test_an_error_is_one_message_without_traceback_and_exit_code_2(
     left = {path.name for path in (tmp_path / "out").iterdir()} if (tmp_path / "out").exists() else set()
     assert left <= {CHECKPOINTS}
     assert ("--resume" in shown.err) == bool(left)
+
+
+@pytest.mark.parametrize("flag", ["--system_prompt", "--refusal_tokens", "--model_id", "--chat_template", "--harmful"])
+@pytest.mark.parametrize(("text", "said"), [("caf\udce9", "not UTF-8"), ("a\0", "a NUL character")])
+def test_text_that_cannot_be_encoded_is_found_before_the_work(
+    flag: str,
+    text: str,
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(pipeline, "prepared", lambda *args, **kwargs: pytest.fail("the work had begun"))
+    assert run(flag, text, output=tmp_path / "out") == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"Error: {flag} ")
+    assert said in shown
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_template_that_is_missing_is_found_before_the_weights_are_loaded(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(pipeline, "load", lambda config: pytest.fail("the weights were loaded"))
+    assert run("--chat_template", "~/none.jinja", output=tmp_path) == 2
+    assert f"--chat_template {os.path.expanduser('~/none.jinja')}: neither" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a working folder cannot be removed there")
+def test_a_working_folder_that_is_gone_is_explained(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert run(output=tmp_path / "out") == 2
+    assert "Error: The working folder is gone" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_kept_is_said_again_after_another_try(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -327,11 +365,8 @@ def test_an_empty_name_is_no_path(
 ):
     """As of a variable that is not set: the working directory was hardly meant."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit):
-        cli.main([*FEW, flag, ""])
-    said = capsys.readouterr().err
-    assert f"argument {flag}" in said
-    assert "it is empty: name a file or folder" in said
+    assert cli.main([*FEW, flag, ""]) == 2
+    assert f"Error: {flag}: it is empty." in capsys.readouterr().err
 
 
 def test_a_run_that_ends_in_an_error_leaves_no_empty_folder(tmp_path: Path):

@@ -343,6 +343,24 @@ def test_what_is_no_tensor_is_refused(context: Callable[..., Any]) -> None:
         pass
 
 
+@pytest.mark.parametrize("layer", ["1", 1.0, None, True])
+def test_a_layer_that_is_no_whole_number_is_named(layer: Any) -> None:
+    with (
+        pytest.raises(TypeError, match="layer must be the index of a layer, a whole number, not"),
+        steered(build(FAMILIES["llama"]), direction(), layer=layer),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("coefficient", ["2", None])
+def test_a_coefficient_of_another_type_is_named(coefficient: Any) -> None:
+    with (
+        pytest.raises(ValueError, match=f"must be a finite number, not {coefficient!r}"),
+        steered(build(FAMILIES["llama"]), direction(), layer=1, coefficient=coefficient),
+    ):
+        pass
+
+
 def test_a_coefficient_that_is_no_number_is_refused() -> None:
     with (
         pytest.raises(ValueError, match="finite"),

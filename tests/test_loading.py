@@ -3,6 +3,7 @@
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
 
-from refusal_direction import demo, load_chat_model
+from refusal_direction import demo, load_chat_model, load_vision_model
 from refusal_direction.config import ModelSource
 from refusal_direction.errors import ConfigurationError, ModelAccessError, TokenizerError, UnsupportedModelError
 from refusal_direction.models import loading
@@ -23,6 +24,13 @@ def refusing(kind: type[Exception]):
         raise OSError("You are trying to access something.") from kind.__new__(kind)
 
     return from_pretrained
+
+
+@pytest.mark.parametrize("load", [load_chat_model, load_vision_model])
+@pytest.mark.parametrize("given", [torch.nn.Linear(2, 2), None, 7, {"model_id": "demo"}])
+def test_what_is_neither_an_id_nor_a_folder_is_named(load: Any, given: object):
+    with pytest.raises(ConfigurationError, match=f"or a ModelSource, not by a {type(given).__name__}"):
+        load(given)
 
 
 def test_a_gated_model_says_how_to_get_access(monkeypatch: pytest.MonkeyPatch):

@@ -90,14 +90,17 @@ def test_a_prompt_whose_end_becomes_one_token_with_the_templates_is_refused(chat
 
 
 def test_prompts_without_images_are_not_for_a_vision_language_model():
-    texts = ["Name a colour.", "Paint a wall."]
+    texts = PromptSets(["Name a colour."], ["Paint a wall."], ["Name a tree."], ["Paint a door."])
     with pytest.raises(PromptError, match="'Name a colour.' has no image, which demo needs"):
-        extract(load_vision_model("demo"), prompts=PromptSets(*[texts] * 4))
+        extract(load_vision_model("demo"), prompts=texts)
 
 
 def test_what_is_no_chat_model_or_no_prompts_is_explained(chat: ChatModel):
     with pytest.raises(ConfigurationError, match="not a GemmaForCausalLM. Load it by load_chat_model"):
         extract(chat.model)  # type: ignore[arg-type]
+    for config in ("pruned", {"search": "pruned"}, Config):
+        with pytest.raises(ConfigurationError, match=f"extract needs a Config, not a {type(config).__name__}: "):
+            extract(chat, config)  # type: ignore[arg-type]
     with pytest.raises(PromptError, match=r"prompts must be PromptSets\(harmful_train=..., ...\), not a list"):
         extract(chat, prompts=[["a"]] * 4)  # type: ignore[arg-type]
 
@@ -120,9 +123,10 @@ def test_autocast_around_a_run_changes_nothing(chat: ChatModel, extraction: RunR
 @pytest.mark.parametrize("select", ["best", "nearest"])
 @pytest.mark.parametrize("search", ["exhaustive", "pruned"])
 def test_prompts_that_are_the_same_on_both_sides_give_no_candidate(chat: ChatModel, search: str, select: str):
-    texts = ["Name a colour.", "Paint a wall."]
+    same = replace(chat, chat_template="{{ messages[-1]['content'] | lower }} Reply:")
+    texts = ("Name a colour.", "NAME A COLOUR.", "Name A Colour.", "name a colour.")
     config = replace(FEW, search=search, select=select, skip_filter=True)
-    found = extract(chat, config, prompts=PromptSets(texts, texts, texts, texts))
+    found = extract(same, config, prompts=PromptSets(*([text] for text in texts)))
     assert found.selection.index is None
     assert "Every candidate has length zero" in str(found)
     assert found.candidates.zero.all()
@@ -222,7 +226,7 @@ def test_a_configuration_for_the_other_kind_of_model_is_refused(chat: ChatModel)
         (lambda: Config(batch_size=0), "--batch_size 0: must be at least 1"),
         (lambda: Config(memory_budget=0), "--memory_budget 0"),
         (lambda: Config(select="first"), "--select first: must be best or nearest"),
-        (lambda: Config(refusal_tokens="As"), r"give a tuple of tokens, as \('As',\)"),
+        (lambda: Config(refusal_tokens="As"), r"--refusal_tokens: must be a tuple, .*, but 'As' \(str\) was given"),
         (lambda: Config(refusal_tokens=("I",), calibrate_refusal=True), "exclude each other"),
         (lambda: PromptSource(n_val=0), "--n_val 0"),
         (lambda: Thresholds(kl_threshold=float("nan")), "--kl_threshold nan: must be a number"),
@@ -255,7 +259,9 @@ def test_logits_that_are_not_numbers_are_found_out(chat: ChatModel, prompts: Pro
     own = weight.data.clone()
     weight.data[0] = torch.nan
     try:
-        with pytest.raises(UnsupportedModelError, match=r"are not numbers.*not finite \(model\.norm\.weight\)") as error:
+        with pytest.raises(
+            UnsupportedModelError, match=r"are not numbers.*not finite \(model\.norm\.weight\)"
+        ) as error:
             extract(chat, prompts=prompts)
     finally:
         weight.data = own
@@ -271,4 +277,7 @@ def test_prompts_with_special_tokens_that_are_read_as_such_stand_in_the_record(
     monkeypatch.setattr(ControlTokens, "encode_plainly", lambda *_: None)
     with pipeline.prepared(chat, FEW, prompts=prompts) as ready:
         (warning,) = ready.warnings
-    assert "1 of the prompts hold special tokens of demo (<end_of_turn>), which it reads as its own turns: mine/7." in warning
+    assert (
+        "1 of the prompts hold special tokens of demo (<end_of_turn>), which it reads as its own turns: mine/7."
+        in warning
+    )

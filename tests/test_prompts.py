@@ -98,18 +98,19 @@ def test_a_json_list_of_strings_is_a_list_of_prompts(tmp_path: Path):
     [
         ("a.json", "", "holds no prompts"),
         ("a.json", "[]", "holds no prompts"),
-        ("a.json", '{"instruction": "x"}', "is a JSON dict"),
+        ("a.json", '{"data": [{"instruction": "x"}]}', "line 1 has no 'instruction' .*, but 'data'. Expected a list"),
         ("a.json", '["x",\n oops]', "line 2 is not valid JSON"),
         ("a.json", '[{"instruction": "x"}, {"text_": "y"}]', "entry 1 has no 'instruction'"),
         ("a.jsonl", '{"instruction": "x"}\n{"instruction"\n', "line 2 is not valid JSON"),
         ("a.jsonl", '{"instruction": "x"}\n\n{"category": "y"}\n', "line 3 has no 'instruction'"),
         ("a.jsonl", '{"instruction": 7}\n', "line 1 is empty or not text"),
-        ("a.csv", "question\nx\n", "line 2 has no 'instruction'"),
+        ("a.csv", "request\nx\n", "line 2 has no 'instruction'"),
         ("a.csv", "instruction,n\nx,1\n,2\n", "line 3 is empty"),
         ("a.csv", "instruction\nBake bread, and a cake\n", "line 2 has more cells than the header.*in quotes"),
         ("a.csv", 'instruction\n"Bake bread\nPaint a wall\n', "line 2 cannot be read.*Close every quote"),
         ("a.txt", "\n \n", "holds no prompts"),
-        ("a.parquet", "x", "prompt files end in"),
+        ("a.parquet", "x", "cannot be read as Parquet .*download it again"),
+        ("a.xlsx", "x", "prompt files end in .*Rename or convert it"),
         ("a.json", r'["fine", "\ud800 x"]', "entry 1 holds half of a surrogate pair"),
         ("a.jsonl", r'{"instruction": "\udfff"}', "line 1 holds half of a surrogate pair"),
         ("a.json", "[" + "9" * 5000 + "]", "line 1 cannot be read"),
@@ -126,8 +127,8 @@ def test_a_malformed_file_is_named_with_its_line(tmp_path: Path, name: str, cont
 def test_a_missing_file_and_one_that_is_not_text_are_said_to_be_so(tmp_path: Path):
     with pytest.raises(PromptFileError, match="no such file"):
         read_prompts(tmp_path / "none.txt")
-    (tmp_path / "image.txt").write_bytes(b"\xff\xfe\x00\xd8")
-    with pytest.raises(PromptFileError, match="cannot be read as UTF-8"):
+    (tmp_path / "image.txt").write_bytes(b"one\n\xff\xd8\xff\xe0")
+    with pytest.raises(PromptFileError, match="cannot be read as UTF-8 text .line 2: .*Save it as UTF-8"):
         read_prompts(tmp_path / "image.txt")
 
 

@@ -227,3 +227,16 @@ def test_a_standard_error_over_few_validation_prompts_is_warned_of(
     warn_few(members, {which: list(range(40)) for which in members}, {few: asked, many: 40, HARMFUL: 40})
     assert [f"only {kept} of the 40 validation prompts" in message for message in caplog.messages] == [True] * warned
     assert all("standard error" in message and "--harmful" in message for message in caplog.messages)
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [[-1.0] * 5 + [-1.0] * 5, [1.0] * 5 + [1.0] * 5, [-1.0] * 5 + [1.0] * 5],
+    ids=["answers", "refuses", "both"],
+)
+def test_what_is_advised_depends_on_what_was_asked_for(refusal: list[float]):
+    for calibrated in (False, True):
+        with pytest.raises(TooFewPromptsError) as caught:
+            filter_prompts(torch.tensor(refusal), SETS, calibrated=calibrated)
+        assert ("--calibrate_refusal" in str(caught.value)) != calibrated
+        assert "--refusal_tokens" in str(caught.value)

@@ -245,11 +245,17 @@ def test_metadata_that_are_not_utf_8_are_named(tmp_path: Path):
         vision.read_folder(folder)
 
 
-def test_a_pair_that_is_there_twice_counts_once(tmp_path: Path):
+def test_a_pair_that_is_there_twice_counts_once(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     """So that it cannot be drawn for the direction and for its scores."""
     folder = own(tmp_path / "own", [{"file_name": name, "question": "Why?"} for name in ("a.png", "b.png", "a.png")])
     (folder / "b.png").write_bytes(picture())
-    assert [pair.text for pair in vision.read_folder(folder)] == ["Why?"]
+    pairs = vision.read_folder(folder)
+    sizes = SampleSizes(n_train=1, n_val=1)
+    with pytest.raises(TooFewPromptsError, match=r"There are 1 harmful pairs \(of 3; the others are equal to one"):
+        sample_pairs(pairs, two_pools()[1], sizes)
+    assert "2 of 3 harmful prompts repeat others. Each counts once, which leaves 1." in caplog.text
+    (folder / "b.png").write_bytes(picture("blue"))
+    assert len(sample_pairs(vision.read_folder(folder), two_pools()[1], sizes).harmful_val) == 1
 
 
 def test_a_folder_without_metadata_is_explained(tmp_path: Path):
@@ -258,7 +264,7 @@ def test_a_folder_without_metadata_is_explained(tmp_path: Path):
 
 
 def two_pools(count: int = 10) -> tuple[list[Prompt], list[Prompt]]:
-    bad, good = ([Prompt(f"{kind}/{i}", str(i)) for i in range(count)] for kind in ("bad", "good"))
+    bad, good = ([Prompt(f"{kind}/{i}", f"{kind} {i}") for i in range(count)] for kind in ("bad", "good"))
     return bad, good
 
 
@@ -275,7 +281,7 @@ def test_pools_are_shuffled_with_one_generator_and_split_from_the_head(n_test: i
 
 
 def test_a_test_pool_of_its_own_moves_no_draw():
-    held_out = {kind: [Prompt(f"{kind.value}_test/{i}", str(i)) for i in range(5)] for kind in Kind}
+    held_out = {kind: [Prompt(f"{kind.value}_test/{i}", f"{kind.value} test {i}") for i in range(5)] for kind in Kind}
     sizes = SampleSizes(n_train=4, n_val=2, n_test=3, seed=42)
     sets = sample_pairs(*two_pools(), sizes, test=held_out)
     assert sets.for_selection == sample_pairs(*two_pools(), sizes).for_selection

@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from threading import Lock, RLock, get_ident
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -308,10 +310,13 @@ def steered(
         layer: index of the decoder layer.
         coefficient: factor of the direction.
 
-    Raises IndexError if the model has no such layer, ValueError if the coefficient is not finite, and the errors of `ablated`.
+    Raises IndexError if the model has no such layer, TypeError if `layer` is not a whole number, ValueError if the coefficient is
+    not finite, and the errors of `ablated`.
     """
-    if not math.isfinite(coefficient):
-        raise ValueError(f"The coefficient of a direction must be a finite number, not {coefficient}.")
+    if isinstance(coefficient, str | NoneType) or not math.isfinite(coefficient):
+        raise ValueError(f"The coefficient of a direction must be a finite number, not {coefficient!r}.")
+    if not isinstance(layer, Integral) or isinstance(layer, bool):
+        raise TypeError(f"layer must be the index of a layer, a whole number, not {layer!r}.")
     with eagerly():
         stream = residual_stream(model)
         if not 0 <= layer < len(stream.layers):

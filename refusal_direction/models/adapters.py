@@ -18,7 +18,7 @@ from refusal_direction.models.damage import check_downloaded
 from refusal_direction.models.layers import n_embeddings
 from refusal_direction.models.placement import is_offloaded
 
-__all__ = ["add_adapter", "check_peft"]
+__all__ = ["add_adapter", "check_adapter"]
 
 log = logging.getLogger(__name__)
 
@@ -27,10 +27,29 @@ _PICKLED = "adapter_model.bin"
 _SAFE = "adapter_model.safetensors"
 
 
-def check_peft() -> None:
-    """Raise ConfigurationError if peft is not installed."""
+def check_adapter(adapter: str, *, allow_pickle: bool = False) -> Any:
+    """The configuration of an adapter, before the model or any weights of the adapter are loaded.
+
+    Args:
+        adapter: a folder or a Hub id.
+        allow_pickle: accept weights that are not in safetensors format.
+
+    Raises ConfigurationError without peft; ModelAccessError if the adapter cannot be read; UnsupportedModelError for adapters
+    that change the prompt.
+    """
     if find_spec("peft") is None:
         raise ConfigurationError("--adapter needs the package peft, which is not installed: pip install peft")
+    from peft import PeftConfig
+
+    with access_explained(adapter, adapter=True):
+        config: Any = _config(PeftConfig, adapter)
+        _check_format(adapter, allow_pickle)
+    if config.is_prompt_learning:
+        raise UnsupportedModelError(
+            f"{adapter} changes the prompt ({config.peft_type.value}), not the weights, so it has no residual stream of "
+            "its own. Use an adapter of weights, such as LoRA."
+        )
+    return config
 
 
 def add_adapter(model: PreTrainedModel, adapter: str, *, allow_pickle: bool = False) -> None:
@@ -44,8 +63,8 @@ def add_adapter(model: PreTrainedModel, adapter: str, *, allow_pickle: bool = Fa
     Raises ConfigurationError without peft; ModelAccessError if the adapter cannot be loaded or does not belong to this
     model; UnsupportedModelError for adapters that change the prompt, and for models that are partly offloaded.
     """
-    check_peft()
-    from peft import PeftConfig, PeftModel
+    config = check_adapter(adapter, allow_pickle=allow_pickle)
+    from peft import PeftModel
 
     if is_offloaded(model):
         raise UnsupportedModelError(
@@ -53,13 +72,6 @@ def add_adapter(model: PreTrainedModel, adapter: str, *, allow_pickle: bool = Fa
             "the adapter into its base model first."
         )
     with access_explained(adapter, adapter=True):
-        config: Any = _config(PeftConfig, adapter)
-        _check_format(adapter, allow_pickle)
-        if config.is_prompt_learning:
-            raise UnsupportedModelError(
-                f"{adapter} changes the prompt ({config.peft_type.value}), not the weights, so it has no residual stream of "
-                "its own. Use an adapter of weights, such as LoRA."
-            )
         _check_base(adapter, config.base_model_name_or_path or "", model)
         config.inference_mode = True
         wrapped = PeftModel(model, config, autocast_adapter_dtype=False)

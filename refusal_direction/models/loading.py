@@ -33,7 +33,7 @@ from refusal_direction.config import DEMO_MODEL, Config, ModelSource
 from refusal_direction.demo import vision as demo_vision
 from refusal_direction.errors import ConfigurationError, ModelAccessError, TokenizerError, UnsupportedModelError
 from refusal_direction.models.access import access_explained, configuration_explained, fitting, not_built
-from refusal_direction.models.adapters import add_adapter, check_peft
+from refusal_direction.models.adapters import add_adapter, check_adapter
 from refusal_direction.models.chat import ChatModel
 from refusal_direction.models.damage import check_floating, check_texts
 from refusal_direction.models.gguf import (
@@ -88,7 +88,7 @@ def load_chat_model(source: ModelSource | str | os.PathLike[str]) -> ChatModel:
     Raises ModelError (ModelAccessError if it is gated, unknown or out of reach, TokenizerError, ChatTemplateError, ...),
     ConfigurationError, OutOfMemoryError.
     """
-    source = source if isinstance(source, ModelSource) else ModelSource(model_id=str(source))
+    source = _source(source)
     files = _files(source, demo.MODEL_DIR)
     model, tokenizer = _load(source, files, AutoModelForCausalLM, AutoTokenizer)
     return _checked(ChatModel(model, tokenizer, **_identity(source, files, model)))
@@ -96,7 +96,7 @@ def load_chat_model(source: ModelSource | str | os.PathLike[str]) -> ChatModel:
 
 def load_vision_model(source: ModelSource | str | os.PathLike[str]) -> VisionChatModel:
     """Load a vision-language model with its processor, in the same way as `load_chat_model`, and with the same errors."""
-    source = source if isinstance(source, ModelSource) else ModelSource(model_id=str(source))
+    source = _source(source)
     files = _files(source, demo_vision.MODEL_DIR)
     if files.gguf is not None:
         raise ConfigurationError(
@@ -105,6 +105,15 @@ def load_vision_model(source: ModelSource | str | os.PathLike[str]) -> VisionCha
         )
     model, processor = _load(source, files, AutoModelForImageTextToText, AutoProcessor)
     return _checked(VisionChatModel(model, processor.tokenizer, **_identity(source, files, model), processor=processor))
+
+
+def _source(given: ModelSource | str | os.PathLike[str]) -> ModelSource:
+    if not isinstance(given, ModelSource | str | os.PathLike):
+        raise ConfigurationError(
+            f"A model is loaded by its Hub id, its folder or a ModelSource, not by a {type(given).__name__}. A model that is "
+            "loaded already needs none of it: ChatModel(model, tokenizer, model_id)."
+        )
+    return given if isinstance(given, ModelSource) else ModelSource(model_id=os.fspath(given))
 
 
 @dataclass(frozen=True)
@@ -217,9 +226,7 @@ def _origin(source: ModelSource) -> dict[str, Any]:
 
 
 def _check_settings(source: ModelSource) -> None:
-    """Raise ConfigurationError, before any download, for settings that cannot be used."""
-    if not source.model_id.strip():
-        raise ConfigurationError("--model_id is empty: give a Hub id, a folder, a GGUF file, or demo.")
+    """Raise ConfigurationError or ModelError, before any weights are loaded, for settings that cannot be used."""
     if source.revision is not None and (source.model_id == DEMO_MODEL or Path(source.model_id).exists()):
         raise ConfigurationError(
             f"--revision {source.revision}: only models on the Hub have revisions, and this is a folder. Leave out --revision."
@@ -233,7 +240,8 @@ def _check_settings(source: ModelSource) -> None:
                 "bitsandbytes"
             )
     if source.adapter is not None:
-        check_peft()
+        check_adapter(source.adapter, allow_pickle=source.allow_pickle)
+    _template(source.chat_template)
 
 
 def _check_kind(model_id: str, config: PretrainedConfig, model_class: Any) -> None:

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from reprlib import repr as shortened
 from typing import TYPE_CHECKING
 
 import torch
@@ -88,11 +89,19 @@ class ProbabilityQuartiles:
         return cls(*torch.quantile(probability.double(), levels).tolist())
 
 
-def diagnose(tokens: RefusalTokens, harmful: ProbabilityQuartiles, harmless: ProbabilityQuartiles) -> str | None:
+def diagnose(
+    tokens: RefusalTokens, harmful: ProbabilityQuartiles, harmless: ProbabilityQuartiles, *, calibrated: bool = False
+) -> str | None:
     """A warning if these tokens do not seem to begin refusals and nothing else (docs/method.md); otherwise None.
 
     A prompt counts as refused if the tokens have more than half of the probability. No warning is given if at least a quarter
     of the harmful prompts count as refused, and fewer than a quarter of the harmless ones.
+
+    Args:
+        tokens: the tokens.
+        harmful: the probability that they hold on harmful prompts.
+        harmless: the same on harmless prompts.
+        calibrated: whether calibration was asked for, so that the warning does not advise it.
     """
     medians = f"hold {harmful.median:.1%} of the probability on harmful prompts and {harmless.median:.1%} on harmless ones (medians)"
     names = ", ".join(map(repr, tokens.texts))
@@ -108,7 +117,12 @@ def diagnose(tokens: RefusalTokens, harmful: ProbabilityQuartiles, harmless: Pro
         diagnosis = "So many harmless prompts count as refused: the tokens begin ordinary replies, too."
     else:
         return None
-    return f"The refusal tokens {names} {medians}. {diagnosis} --calibrate_refusal finds the tokens that begin its replies."
+    remedy = (
+        "Name the tokens that begin its refusals with --refusal_tokens, or use other prompts."
+        if calibrated
+        else "--calibrate_refusal finds the tokens that begin its replies."
+    )
+    return f"The refusal tokens {names} {medians}. {diagnosis} {remedy}"
 
 
 def is_refusal(completion: str) -> bool:
@@ -125,10 +139,10 @@ def resolve(chat: ChatModel, asked: Sequence[str | int], rules: Rules = TEXT) ->
         asked: tokens requested by the user, as text or ids.
         rules: the rules of text, or of images with text.
 
-    Raises RefusalTokenError if a token is not in the vocabulary.
+    Raises RefusalTokenError if a token is not in the vocabulary, or is a special token.
     """
     if asked:
-        return _named(chat, [_single_token(chat, str(token)) for token in asked], "--refusal_tokens")
+        return _named(chat, [_single_token(chat, token) for token in asked], "--refusal_tokens")
     family = chat.model.config.model_type
     if not rules.images and family in FAMILY_TOKENS:
         ids = [_first_token(chat, text) for text in FAMILY_TOKENS[family]]
@@ -214,24 +228,36 @@ def _named(chat: ChatModel, ids: Sequence[int], source: str) -> RefusalTokens:
     return RefusalTokens(distinct, tuple(chat.text_of(token) for token in distinct), source)
 
 
-def _single_token(chat: ChatModel, token: str) -> int:
-    """The id of a token that is given as text or id."""
-    if not token:
+def _single_token(chat: ChatModel, token: str | int) -> int:
+    """The id of a token that is given as text or id.
+
+    Raises RefusalTokenError if it is no single token of the vocabulary, or one that no reply begins with.
+    """
+    given = str(token)
+    found = _given_id(chat, given) if given.isascii() and given.isdecimal() else _id_of_text(chat, given)
+    if found in chat.tokenizer.all_special_ids:
         raise RefusalTokenError(
-            "--refusal_tokens: an empty text is not a token. Give the first token of a refusal, as text or id."
+            f"--refusal_tokens {token}: {chat.tokenizer.convert_ids_to_tokens(found)!r} ({found}) is a special token of "
+            f"{chat.model_id}, which begins no reply. Give the first token of a refusal, as text or id."
         )
-    size = chat.model.config.get_text_config().vocab_size
-    if token.isdecimal():
-        if int(token) >= size:
-            raise RefusalTokenError(
-                f"--refusal_tokens {token}: the last id in the vocabulary of {chat.model_id} is {size - 1}."
-            )
-        return int(token)
-    ids = chat.reply_tokens(token)
+    return found
+
+
+def _given_id(chat: ChatModel, digits: str) -> int:
+    last = chat.model.config.get_text_config().vocab_size - 1
+    if len(digits.lstrip("0")) > len(str(last)) or int(digits) > last:  # int() refuses thousands of digits
+        raise RefusalTokenError(
+            f"--refusal_tokens {shortened(digits)}: the last id in the vocabulary of {chat.model_id} is {last}."
+        )
+    return int(digits)
+
+
+def _id_of_text(chat: ChatModel, text: str) -> int:
+    ids = chat.reply_tokens(text)
     if len(ids) != 1 or ids[0] == chat.tokenizer.unk_token_id:
         pieces = ", ".join(f"{chat.text_of(piece)!r} ({piece})" for piece in ids)
         raise RefusalTokenError(
-            f"--refusal_tokens {token!r} is not one token of {chat.model_id}, but {pieces or 'nothing'}. Give the first of "
+            f"--refusal_tokens {text!r} is not one token of {chat.model_id}, but {pieces or 'nothing'}. Give the first of "
             "its pieces, or the id of a token."
         )
     return ids[0]

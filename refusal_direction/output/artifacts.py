@@ -90,6 +90,8 @@ def write(run: RunResult, folder: str | Path) -> None:
 
     Raises OutputError, and leaves the old set as it was, if the disk is full or the folder cannot be written.
     """
+    if not isinstance(run, RunResult):
+        raise TypeError(f"write needs the RunResult that extract returns, not a {type(run).__name__}.")
     folder = Path(folder)
     check_writable(folder, run.config.rules)
     staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=folder))

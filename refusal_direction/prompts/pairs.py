@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Iterable, Iterator
-from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -16,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 from refusal_direction.demo.vision.pairs import pairs as drawn_pairs
 from refusal_direction.errors import DownloadError, PromptFileError
-from refusal_direction.prompts.files import json_lines
+from refusal_direction.prompts.files import metadata_lines
 from refusal_direction.prompts.images import DAMAGED, UnusableImageError, usable
 from refusal_direction.prompts.sets import Prompt, encodable
 
@@ -159,23 +158,35 @@ def _opened(raw: dict[str, Any] | None) -> Image.Image:
 def read_folder(folder: Path) -> list[Prompt]:
     """Pairs of a folder in the Hub's imagefolder convention: images, and metadata.jsonl with `file_name` and `question`.
 
-    Repeated pairs count once.
-
     Raises PromptFileError, which names the folder, if it holds anything else.
     """
-    if not (folder / "metadata.jsonl").is_file():
+    if problem := _not_pairs(folder):
+        raise PromptFileError(f"{problem} Expected a folder of images with a metadata.jsonl. {_EXPECTED}")
+    pairs = _pairs(folder.name, _own_rows(folder))
+    if not pairs:
         raise PromptFileError(
-            f"{folder}: there is no metadata.jsonl in it. Expected a folder of images with a metadata.jsonl. {_EXPECTED}"
+            f"{folder / 'metadata.jsonl'}: holds no pairs with an image that can be read. {_EXPECTED}"
         )
-    rows = {(sha256(raw["bytes"]).digest(), question): (raw, question) for raw, question in _own_rows(folder)}
-    if not rows:
-        raise PromptFileError(f"{folder / 'metadata.jsonl'}: holds no pairs. {_EXPECTED}")
-    return _pairs(folder.name, rows.values())
+    return pairs
+
+
+def _not_pairs(folder: Path) -> str | None:
+    """Why a path is not a folder of pairs, or None."""
+    try:
+        if not folder.exists():
+            return f"{folder}: no such folder."
+        if not folder.is_dir():
+            return f"{folder}: is a file."
+        if not (folder / "metadata.jsonl").is_file():
+            return f"{folder}: there is no metadata.jsonl in it."
+    except OSError as error:
+        return f"{folder}: cannot be read ({error.strerror})."
+    return None
 
 
 def _own_rows(folder: Path) -> Iterator[tuple[dict[str, Any], str]]:
     metadata = folder / "metadata.jsonl"
-    for line, entry in json_lines(metadata):
+    for line, entry in metadata_lines(metadata, _EXPECTED):
         if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("file_name", "question")):
             raise PromptFileError(f"{metadata}: line {line} lacks a file_name or a question. {_EXPECTED}")
         if not entry["question"].strip() or not encodable(entry["question"]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -19,6 +20,8 @@ from refusal_direction.prompts.sets import (
 )
 
 __all__ = ["SampleSizes", "sample_pairs", "sample_pools", "sample_splits"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,9 @@ def _draw_test(rng: Random, pool: Sequence[Prompt], count: int) -> tuple[Prompt,
     return tuple(rng.sample(list(pool), min(count, len(pool))))
 
 
-def _draw_rest(rng: Random, pool: Sequence[Prompt], used: Container[str]) -> tuple[Prompt, ...]:
-    """Each text of a pool that is not used, once, in random order."""
-    left = list({prompt.text: prompt for prompt in pool if prompt.text not in used}.values())
+def _draw_rest(rng: Random, pool: Sequence[Prompt], used: Container[object]) -> tuple[Prompt, ...]:
+    """Each prompt of a pool whose content is not used, once, in random order."""
+    left = list({prompt.content: prompt for prompt in pool if prompt.content not in used}.values())
     return tuple(rng.sample(left, len(left)))
 
 
@@ -77,41 +80,63 @@ def sample_splits(splits: Mapping[PromptSet, Sequence[Prompt]], sizes: SampleSiz
             drawn[which] = _draw_test(rng, splits.get(which, ()), sizes.n_test)
         else:
             drawn[which] = _draw(rng, splits[which], sizes.of(split), set_name(which), f"--n_{split.value}")
-    used = {prompt.text for prompts in drawn.values() for prompt in prompts}
+    used = {prompt.content for prompts in drawn.values() for prompt in prompts}
     reserves: dict[PromptSet, tuple[Prompt, ...]] = {}
     for which in SETS_FOR_SELECTION:
         reserves[which] = _draw_rest(rng, splits[which], used)
-        used |= {prompt.text for prompt in reserves[which]}
+        used |= {prompt.content for prompt in reserves[which]}
     return PromptSets.of(drawn, reserves)
 
 
-def sample_pools(harmful: Sequence[Prompt], harmless: Sequence[Prompt], sizes: SampleSizes) -> PromptSets:
-    """Draw all splits, without overlap, from one pool of each kind; repeated texts count once.
-
-    Raises TooFewPromptsError where a pool has fewer prompts than n_train + n_val, PromptError where a text is in both pools.
-    """
-    if common := {prompt.text for prompt in harmful} & {prompt.text for prompt in harmless}:
-        example = next(prompt for prompt in harmful if prompt.text in common)
+def _check_kinds(harmful: Sequence[Prompt], harmless: Sequence[Prompt]) -> None:
+    """Raise PromptError if a prompt is in both pools."""
+    others = {prompt.content for prompt in harmless}
+    common = {prompt.content: prompt.id for prompt in harmful if prompt.content in others}
+    if common:
         raise PromptError(
-            f"{len(common)} of the prompts are both harmful and harmless, for example {example.id}. Remove them from one of "
-            "the files."
+            f"{len(common)} of the prompts are both harmful and harmless, for example {next(iter(common.values()))}. Remove them "
+            "from one of the two."
         )
+
+
+def _distinct(pool: Sequence[Prompt], kind: Kind) -> list[Prompt]:
+    """The pool with each prompt once; a warning counts the others."""
+    distinct: dict[object, Prompt] = {}
+    for prompt in pool:
+        distinct.setdefault(prompt.content, prompt)
+    if len(distinct) < len(pool):
+        log.warning(
+            "%d of %d %s prompts repeat others. Each counts once, which leaves %d.",
+            len(pool) - len(distinct),
+            len(pool),
+            kind.value,
+            len(distinct),
+        )
+    return list(distinct.values())
+
+
+def sample_pools(harmful: Sequence[Prompt], harmless: Sequence[Prompt], sizes: SampleSizes) -> PromptSets:
+    """Draw all splits, without overlap, from one pool of each kind; repeated prompts count once, with a warning.
+
+    Raises TooFewPromptsError where a pool has fewer prompts than n_train + n_val, PromptError where a prompt is in both pools.
+    """
+    _check_kinds(harmful, harmless)
     rng = Random(sizes.seed)
     n_train, n_val = sizes.n_train, sizes.n_val
     drawn: dict[PromptSet, tuple[Prompt, ...]] = {}
     left: dict[Kind, list[Prompt]] = {}
     for kind, pool in ((Kind.HARMFUL, harmful), (Kind.HARMLESS, harmless)):
-        distinct = list({prompt.text: prompt for prompt in pool}.values())
+        distinct = _distinct(pool, kind)
         file = f"the {kind.value} prompt file" + (", counted without repetitions," if len(distinct) < len(pool) else "")
         both = _draw(rng, distinct, n_train + n_val, file, f"--n_train ({n_train}) or --n_val ({n_val})")
         drawn[kind, Split.TRAIN], drawn[kind, Split.VALIDATION] = both[:n_train], both[n_train:]
-        texts = {prompt.text for prompt in both}
-        left[kind] = [prompt for prompt in distinct if prompt.text not in texts]
+        contents = {prompt.content for prompt in both}
+        left[kind] = [prompt for prompt in distinct if prompt.content not in contents]
     for kind in Kind:
         drawn[kind, Split.TEST] = _draw_test(rng, left[kind], sizes.n_test)
     reserves: dict[PromptSet, tuple[Prompt, ...]] = {}
     for kind in Kind:
-        rest = _draw_rest(rng, left[kind], {prompt.text for prompt in drawn[kind, Split.TEST]})
+        rest = _draw_rest(rng, left[kind], {prompt.content for prompt in drawn[kind, Split.TEST]})
         reserves |= _reserves(kind, rest, sizes)
     return PromptSets.of(drawn, reserves)
 
@@ -125,24 +150,28 @@ def sample_pairs(
 ) -> PromptSets:
     """Shuffle each pool of image-question pairs with one generator, harmful first; the splits are taken from its head in turn.
 
+    Repeated pairs count once, with a warning.
+
     Args:
         harmful: the pool of harmful pairs.
         harmless: the pool of harmless pairs.
         sizes: the number of pairs for each split.
         test: pools of their own for the test split; None takes it from what the others leave.
 
-    Raises TooFewPromptsError where a pool has fewer pairs than n_train + n_val.
+    Raises TooFewPromptsError where a pool has fewer pairs than n_train + n_val, PromptError where a pair is in both pools.
     """
+    _check_kinds(harmful, harmless)
     rng = Random(sizes.seed)
     drawn: dict[PromptSet, Sequence[Prompt]] = {}
     reserves: dict[PromptSet, tuple[Prompt, ...]] = {}
     first, second = sizes.n_train, sizes.n_train + sizes.n_val
     for kind, given in ((Kind.HARMFUL, harmful), (Kind.HARMLESS, harmless)):
-        pool = list(given)
+        pool = _distinct(given, kind)
         if len(pool) < second:
+            repeated = f" (of {len(given)}; the others are equal to one of them)" if len(pool) < len(given) else ""
             raise TooFewPromptsError(
-                f"There are {len(pool)} {kind.value} pairs, but {sizes.n_train} + {sizes.n_val} were asked for. Lower --n_train "
-                "or --n_val (VLM_N_TRAIN, VLM_N_VAL), or add pairs."
+                f"There are {len(pool)} {kind.value} pairs{repeated}, but {sizes.n_train} + {sizes.n_val} were asked for. Lower "
+                "--n_train or --n_val (VLM_N_TRAIN, VLM_N_VAL), or add pairs."
             )
         rng.shuffle(pool)
         drawn[kind, Split.TRAIN], drawn[kind, Split.VALIDATION] = pool[:first], pool[first:second]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from hashlib import sha256
 from itertools import product
 from typing import TYPE_CHECKING
@@ -60,6 +61,12 @@ class Prompt:
     image: Image | None = None
     """The image that goes with the text, in RGB."""
 
+    @cached_property
+    def content(self) -> tuple[str, bytes | None]:
+        """The text without white space around it, and a digest of the image: equal for prompts that ask the same."""
+        image = None if self.image is None else sha256(f"{self.image.size}".encode() + self.image.tobytes()).digest()
+        return self.text.strip(), image
+
 
 @dataclass(frozen=True)
 class PromptSets:
@@ -67,7 +74,7 @@ class PromptSets:
 
     Each set is any sequence of prompts; a string counts as a prompt with that text. The test sets may be empty.
 
-    Raises PromptError where a set holds anything else.
+    Raises PromptError where a set holds anything else, or two sets hold the same prompt.
     """
 
     harmful_train: tuple[Prompt, ...]
@@ -82,6 +89,7 @@ class PromptSets:
     def __post_init__(self) -> None:
         for name in map(set_name, SETS):
             object.__setattr__(self, name, tuple(_prompts(name, getattr(self, name))))
+        _check_disjoint({set_name(which): self[which] for which in SETS})
 
     @classmethod
     def of(
@@ -133,13 +141,40 @@ def encodable(text: str) -> bool:
 
 
 def _prompts(name: str, given: Iterable[Prompt | str]) -> Iterator[Prompt]:
-    if not isinstance(given, Iterable):
-        raise PromptError(f"{name}: {given!r} is not a sequence of prompts.")
+    if not isinstance(given, Iterable) or isinstance(given, Mapping | Set):
+        raise PromptError(f"{name}: a {type(given).__name__} is not a sequence of prompts. Give a list.")
     for index, one in enumerate([given] if isinstance(given, str) else given):
         if not isinstance(one, Prompt | str):
             raise PromptError(f"{name}: {one!r} is neither a string nor a Prompt.")
-        if not encodable(one if isinstance(one, str) else one.text):
-            raise PromptError(
-                f"{name}: prompt {index} holds half of a surrogate pair, which cannot be encoded as text."
-            )
-        yield Prompt(f"{name}/{index}", one) if isinstance(one, str) else one
+        prompt = Prompt(f"{name}/{index}", one) if isinstance(one, str) else one
+        if problem := _problem(prompt):
+            raise PromptError(f"{name}: prompt {index} {problem}")
+        yield prompt
+
+
+def _problem(prompt: Prompt) -> str | None:
+    """Why a prompt cannot be used, or None."""
+    for part, text in (("id", prompt.id), ("text", prompt.text)):
+        if not isinstance(text, str):
+            return f"has the {part} {text!r}. Give a string."
+        if not encodable(text):
+            return "holds half of a surrogate pair, which cannot be encoded as text."
+    if not prompt.text.strip():
+        return "is empty. Leave it out."
+    if prompt.image is not None and not hasattr(prompt.image, "tobytes"):
+        return f"has a {type(prompt.image).__name__} for its image. Open it with Pillow: PIL.Image.open(...)."
+    return None
+
+
+def _check_disjoint(sets: Mapping[str, Iterable[Prompt]]) -> None:
+    """Raise PromptError if a prompt is in two sets: it would be measured by a direction that was made from it."""
+    found: dict[object, tuple[str, Prompt]] = {}
+    shared: dict[object, str] = {}
+    for name, prompts in sets.items():
+        for prompt in prompts:
+            other, first = found.setdefault(prompt.content, (name, prompt))
+            if other != name:
+                shared.setdefault(prompt.content, f"{first.id!r} of {other} is {prompt.id!r} of {name}")
+    if shared:
+        count = f"{len(shared)} prompts are in two sets" if len(shared) > 1 else "A prompt is in two sets"
+        raise PromptError(f"{count}: {next(iter(shared.values()))}. Leave each in one of them.")

@@ -31,6 +31,7 @@ def filter_prompts(
     skip: bool = False,
     rules: Rules = TEXT,
     asked: Mapping[PromptSet, int] | None = None,
+    calibrated: bool = False,
 ) -> dict[PromptSet, list[int]]:
     """Keep the harmful prompts that the model refuses (score > 0) and the harmless ones that it answers (score < 0).
 
@@ -40,6 +41,7 @@ def filter_prompts(
         skip: keep all.
         rules: minimum number per set, and whether the most fitting of the others may make it up, with a warning.
         asked: the number of prompts asked for of each set, where more have been drawn.
+        calibrated: whether the refusal tokens were calibrated, so that errors do not advise it.
 
     Raises TooFewPromptsError if a set is left with too few prompts for a meaningful mean.
     """
@@ -53,7 +55,7 @@ def filter_prompts(
         if len(kept[which]) >= minimum:
             continue
         if not rules.keep_most_fitting:
-            raise TooFewPromptsError(_too_few(kept, sets, rules.minimum_prompts, asked))
+            raise TooFewPromptsError(_too_few(kept, sets, rules.minimum_prompts, asked, calibrated=calibrated))
         log.warning(
             "The filter left %d of %d %s prompts; the %d most fitting are used.",
             len(kept[which]),
@@ -93,14 +95,15 @@ def _most_fitting(kind: Kind, members: Sequence[int], refusal: Float[Tensor, "pr
     return sorted(sorted(members, key=misfit.__getitem__)[:count])
 
 
-def _too_few(kept: _Sets, sets: _Sets, minimum: int, asked: Mapping[PromptSet, int]) -> str:
+def _too_few(kept: _Sets, sets: _Sets, minimum: int, asked: Mapping[PromptSet, int], *, calibrated: bool) -> str:
     counts = ", ".join(f"{len(kept[which])} of {len(members)} {set_name(which)}" for which, members in sets.items())
     short = {which[0] for which in sets if len(kept[which]) < min(minimum, asked[which])}
+    tokens = "name them with --refusal_tokens" if calibrated else "try --calibrate_refusal, or --refusal_tokens"
     remedies = {
-        Kind.HARMFUL: "If the model does refuse harmful prompts, its refusals begin with other tokens: try --calibrate_refusal, or "
-        "--refusal_tokens. If it hardly refuses at all, use prompts that it refuses (--harmful).",
-        Kind.HARMLESS: "If the model does answer harmless prompts, the refusal tokens begin ordinary replies, too: try "
-        "--calibrate_refusal, or --refusal_tokens. If it refuses them, use others (--harmless).",
+        Kind.HARMFUL: f"If the model does refuse harmful prompts, its refusals begin with other tokens: {tokens}. If it hardly "
+        "refuses at all, use prompts that it refuses (--harmful).",
+        Kind.HARMLESS: "If the model does answer harmless prompts, the refusal tokens begin ordinary replies, too: "
+        f"{tokens.replace('name them', 'name others')}. If it refuses them, use others (--harmless).",
     }
     said = "Harmful prompts are answered and harmless ones refused: maybe --harmful and --harmless are swapped. "
     swapped = said if not any(kept.values()) else ""
