@@ -28,6 +28,8 @@ __all__ = ["Hints", "first_round", "next_round"]
 
 _UNCERTAINTY = 0.5  # of an estimate from one prompt, in units of the refusal score
 _RARELY_CHEAPEST = 0.75  # of the prompts: a way to drop candidates that takes more is rarely the cheapest one
+_FIRST = 3  # contenders measured at once
+_PORTION, _GROWTH = 8, 3  # prompts of a contender measured first, and then times as many as before
 _KL_UNCERTAINTY = 4  # prompts without any KL that are added to those measured: it varies by orders of magnitude
 
 
@@ -181,7 +183,9 @@ class _Planner:
         ways = {candidate: self._way(candidate) for candidate in self.verdicts.open}
         contenders = sorted((c for c, way in ways.items() if way is None), key=self.ablation.__getitem__)
         requests = [request for way in ways.values() if way for request in way]
-        requests += [request for place, c in enumerate(contenders) for request in self._in_full(c, first=place == 0)]
+        requests += [
+            request for place, c in enumerate(contenders) for request in self._in_full(c, first=place < _FIRST)
+        ]
         whole = self.table.whole()
         waiting = [candidate for candidate in ways if whole[candidate]]
         proof = self._proof_of_rank(min(waiting, key=self.ablation.__getitem__) if waiting else self.leader)
@@ -204,11 +208,16 @@ class _Planner:
         return len(requests) * (self.depth - spared)
 
     def _in_full(self, contender: int, *, first: bool) -> list[ScoreRequest]:
-        """The ablation score of a contender, which may prove it worse; then the other scores, for the first contender."""
+        """The ablation score of a contender, which may prove it worse; then the other scores, for the first contenders."""
         ablation = self.forecasts[Measure.ABLATION].rest(contender)
         if ablation or not first:
             return ablation
-        return self.forecasts[Measure.KL].rest(contender) + self.forecasts[Measure.STEERING].rest(contender)
+        return self._portion(contender, Measure.KL) + self._portion(contender, Measure.STEERING)
+
+    def _portion(self, contender: int, measure: Measure) -> list[ScoreRequest]:
+        """Some of a contender's scores: a few may show that it violates a condition."""
+        known = int(self.table.known[measure][contender].sum())
+        return self.forecasts[measure].rest(contender)[: max(_PORTION, _GROWTH * known)]
 
     def _proof_of_rank(self, candidate: int) -> list[ScoreRequest]:
         """Requests that prove whether a candidate is among those of lowest KL that are considered.
