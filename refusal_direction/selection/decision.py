@@ -135,7 +135,7 @@ def warn_nearest(score: CandidateScore, conditions: Conditions) -> None:
     log.warning(
         "No candidate meets every condition; the nearest miss, %s, is used: %s.",
         score.label,
-        ", ".join(shortcomings(score, conditions)),
+        ", and ".join(shortcomings(score, conditions)),
     )
 
 

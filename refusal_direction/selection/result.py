@@ -59,7 +59,7 @@ class SelectionResult:
 
     @property
     def selected_as(self) -> str | None:
-        """ "best" if the selected candidate meets the conditions, "nearest" if it is the nearest miss; None without one."""
+        """Whether the selected candidate meets the conditions ("best") or is the nearest miss ("nearest"); None without one."""
         if self.index is None:
             return None
         return "best" if self.rejections[self.index] is None else "nearest"
