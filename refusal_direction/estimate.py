@@ -31,7 +31,7 @@ from refusal_direction.runtime.memory import peak_bytes
 from refusal_direction.scoring.metrics import Measure, kl_divergence, refusal_score
 from refusal_direction.scoring.requests import MEASURED_ON
 
-__all__ = ["Cost", "Inspection", "inspect", "token_layers"]
+__all__ = ["Cost", "Inspection", "Range", "inspect", "token_layers"]
 
 _LONG_ENOUGH = 2.0
 """Seconds of the last sample that is timed, at least: the next one would be four times as long."""

@@ -182,7 +182,7 @@ def test_integers_without_their_scales_are_refused(tmp_path: Path):
 
 
 def test_an_empty_model_id_says_what_to_give():
-    with pytest.raises(ConfigurationError, match="--model_id is empty"):
+    with pytest.raises(ConfigurationError, match="--model_id: it is empty"):
         load_chat_model("")
 
 

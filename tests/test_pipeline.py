@@ -28,6 +28,7 @@ from refusal_direction.errors import (
     TooFewPromptsError,
     UnsupportedModelError,
 )
+from refusal_direction.models import inputs
 from refusal_direction.models.control_tokens import ControlTokens
 from refusal_direction.prompts import Kind, Prompt, PromptSets, Split
 from refusal_direction.prompts.sets import SETS_FOR_SELECTION
@@ -188,7 +189,7 @@ def test_a_prompt_longer_than_the_model_takes_is_named(chat: ChatModel, prompts:
 def test_a_tokenizer_of_another_model_is_found_out(
     chat: ChatModel, prompts: PromptSets, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(pipeline, "n_embeddings", lambda model: 300)
+    monkeypatch.setattr(inputs, "n_embeddings", lambda model: 300)
     with pytest.raises(TokenizerError, match="do not belong together"):
         extract(chat, prompts=prompts)
 

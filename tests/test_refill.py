@@ -52,7 +52,8 @@ def as_sets(passes: dict[PromptSet, list[bool]], asked: dict[PromptSet, int]) ->
     """Prompts whose text says whether they pass: the first of each set as drawn, the others in reserve."""
     made = {
         which: tuple(
-            Prompt(f"{which[0].value}/{which[1].value}/{index}", str(one)) for index, one in enumerate(members)
+            Prompt(f"{which[0].value}/{which[1].value}/{index}", f"{one} {which} {index}")
+            for index, one in enumerate(members)
         )
         for which, members in passes.items()
     }
@@ -67,7 +68,7 @@ def baseline_of(prompts: PromptSets) -> Baseline:
     indices, everyone = prompts.indices(), prompts.for_selection
     sign = {which: 1.0 if which[0] is Kind.HARMFUL else -1.0 for which in SETS_FOR_SELECTION}
     refusal = torch.tensor(
-        [sign[which] * (1.0 if prompts[which][i].text == "True" else -1.0) for which in indices for i in range(len(prompts[which]))]
+        [sign[which] * (1.0 if prompts[which][i].text.startswith("True") else -1.0) for which in indices for i in range(len(prompts[which]))]
     ).double()  # fmt: skip
     marks = torch.tensor([float(hash(prompt.id) % 2**20) for prompt in everyone]).double()
     train = [index for kind in Kind for index in indices[kind, Split.TRAIN]]
@@ -126,7 +127,7 @@ def test_a_refilled_set_is_that_of_a_draw_one_by_one(
 
 
 def test_without_reserves_nothing_is_drawn() -> None:
-    prompts = PromptSets(["False"] * 4, ["False"] * 4, ["False"] * 4, ["False"] * 4)
+    prompts = PromptSets(*([f"False {name} {index}" for index in range(4)] for name in "abcd"))
     assert refill(prompts, baseline_of(prompts), lambda more: pytest.fail("prompts were run")).prompts is prompts
 
 

@@ -411,9 +411,12 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_end(
     assert runs == whole - 2
     assert whole >= 3
     assert replace(found.selection, means=()) == replace(expected.selection, means=())
-    assert repr(found.means) == repr(expected.means)  # NaN is not equal to itself
+    # a pruned search keeps rows between its passes, which are in other batches where a pass is not run again
+    rounding = {"rtol": 0.0, "atol": 1e-5 if search == "pruned" else 0.0, "equal_nan": True}
     for measure in Measure:
-        assert torch.equal(found.scores.of(measure).nan_to_num(99), expected.scores.of(measure).nan_to_num(99))
+        torch.testing.assert_close(found.scores.of(measure), expected.scores.of(measure), **rounding)
+        means = (torch.tensor([score.of(measure) for score in one.means]) for one in (found, expected))
+        torch.testing.assert_close(*means, **rounding)
 
 
 # PaliGemma's processor makes NumPy arrays of tensors
