@@ -220,7 +220,9 @@ def small_parts(name: str = "llama") -> Engine:
     return engine
 
 
-@pytest.mark.parametrize("kept", [0, 1, 2, 4])
+@pytest.mark.parametrize(
+    "kept", [0, pytest.param(1, marks=pytest.mark.extended), 2, pytest.param(4, marks=pytest.mark.extended)]
+)
 def test_resumed_scores_are_those_of_an_uninterrupted_run(tmp_path: Path, kept: int) -> None:
     problem = make_problem()
     expected = solve(small_parts(), problem, Checkpoints(tmp_path / "whole", "run", resume=False)).scores
@@ -320,7 +322,14 @@ def uninterrupted(chat: ChatModel, prompts: PromptSets, tmp_path_factory: pytest
         return extract(chat, IN_PARTS, prompts=prompts, checkpoint_dir=tmp_path_factory.mktemp("whole"))
 
 
-@pytest.mark.parametrize("parts", [1, 3, None], ids=["after the baseline", "midway", "at the very end"])
+@pytest.mark.parametrize(
+    "parts",
+    [
+        pytest.param(1, id="after the baseline", marks=pytest.mark.extended),
+        pytest.param(3, id="midway"),
+        pytest.param(None, id="at the very end", marks=pytest.mark.extended),
+    ],
+)
 def test_a_resumed_runs_record_is_that_of_an_uninterrupted_one(
     uninterrupted: RunResult,
     parts: int | None,
@@ -352,6 +361,7 @@ def test_a_resumed_runs_record_is_that_of_an_uninterrupted_one(
         assert torch.equal(found.prompts[which].refusal.nan_to_num(9.0), record.refusal.nan_to_num(9.0))
 
 
+@pytest.mark.extended
 def test_the_reason_for_a_fallback_is_in_a_resumed_runs_record_too(
     chat: ChatModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

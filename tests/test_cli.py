@@ -153,6 +153,7 @@ def test_a_log_file_gets_a_line_now_and_then(
     assert not any("\r" in line for line in lines)
 
 
+@pytest.mark.extended
 def test_the_batch_size_does_not_change_the_scores(tmp_path: Path):
     assert run(output=tmp_path / "free") == 0
     assert run("--batch_size", "3", output=tmp_path / "small") == 0

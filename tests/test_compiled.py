@@ -17,7 +17,14 @@ from tests.problems import known
 from tests.test_interventions import direction, logits, same
 
 
-@pytest.mark.parametrize("way", ["in place", "the stack's forward", "a layer"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        pytest.param("in place", marks=pytest.mark.extended),
+        pytest.param("the stack's forward", marks=pytest.mark.extended),
+        "a layer",
+    ],
+)
 def test_compiled_code_is_passed_over(way: str) -> None:
     """torch.compile does not notice that hooks come and go."""
     model, r = build(FAMILIES["llama"]), direction()

@@ -43,6 +43,7 @@ def test_prompts_are_short_and_no_two_are_the_same():
     assert all(3 <= len(text.split()) <= 16 for text in texts)
 
 
+@pytest.mark.extended
 def test_no_prompt_has_a_near_duplicate_in_another_split():
     parts = {
         part: [p for name, prompts in splits().items() if name.endswith(part) for p in prompts]
@@ -115,6 +116,7 @@ def test_the_example_in_the_readme_works_as_pasted(capsys: pytest.CaptureFixture
     assert steered.count("I ") >= 2
 
 
+@pytest.mark.extended
 def test_the_recipe_makes_a_model_that_loads(tmp_path: Path):
     """A few steps of the real recipe; the whole of it takes minutes."""
     from dataclasses import replace

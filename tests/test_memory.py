@@ -30,6 +30,7 @@ print(by_default, faults())
 @pytest.mark.skipif(
     sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc's malloc is not in use"
 )
+@pytest.mark.extended
 def test_tensors_are_given_the_pages_of_those_before_them() -> None:
     """By default 40 MiB are taken from the system and given back fifty times, 4 KiB at a time or 2 MiB with huge pages."""
     by_default, kept = map(int, forked.run(["-c", FAULTS]).stdout.split())

@@ -47,6 +47,7 @@ def test_engine_and_scores_need_no_float64_on_the_device(name: str, runner: str)
         assert torch.allclose(ours, theirs, atol=1e-4, rtol=1e-4)  # the softmax is in float32
 
 
+@pytest.mark.extended
 def test_half_precision_needs_no_float64_on_the_device() -> None:
     found = solve_there(build(TEXT_FAMILIES["llama"], dtype=torch.bfloat16), make_problem(n_train=2, n_val=2))
     assert found.scores.kl.isfinite().all()

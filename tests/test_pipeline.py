@@ -112,6 +112,7 @@ def test_a_result_is_shown_as_its_table(extraction: RunResult):
     assert len(repr(extraction)) < 3000
 
 
+@pytest.mark.extended
 def test_autocast_around_a_run_changes_nothing(chat: ChatModel, extraction: RunResult, prompts: PromptSets):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = extract(chat, extraction.config, prompts=prompts)

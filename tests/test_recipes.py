@@ -38,6 +38,7 @@ def test_the_demo_imports_nothing_of_the_package_but_itself():
         assert all(name.startswith("refusal_direction.demo") for name in own), path
 
 
+@pytest.mark.extended
 def test_composing_again_writes_the_prompt_files_that_ship(tmp_path: Path):
     written = write_prompts(tmp_path)
     assert {path.name for path in written} == {path.name for path in PROMPTS_DIR.glob("*.json")}

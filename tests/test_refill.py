@@ -269,6 +269,7 @@ def test_a_refilled_run_resumes(
     assert_same(refilled.prompts, found.prompts)
 
 
+@pytest.mark.extended
 def test_scores_of_other_prompts_are_not_taken_for_those_of_a_refilled_run(
     chat: ChatModel, refilled: RunResult, own: Config, checkpoints: Path, tmp_path: Path
 ) -> None:

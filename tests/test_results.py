@@ -123,6 +123,7 @@ def test_load_run_gives_back_what_extract_returned(config: Config) -> None:
 
 @settings(max_examples=5)
 @given(config=vision_configs())
+@pytest.mark.extended
 def test_load_run_gives_back_a_run_on_images_with_text(config: Config) -> None:
     assert_read_back_alike(extract(demo(images=True), config))
 

@@ -202,6 +202,7 @@ def test_the_nearest_miss_is_selected_where_nothing_else_is(
 
 
 @pytest.mark.parametrize("problems", [True], indirect=True)
+@pytest.mark.extended
 def test_among_images_there_is_no_nearer_miss_than_the_relaxed_conditions_admit(
     problems: Iterator[tuple[int, Problem]],
 ) -> None:
@@ -421,6 +422,7 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_end(
 
 # PaliGemma's processor makes NumPy arrays of tensors
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:transformers.*")
+@pytest.mark.extended
 def test_on_the_vision_language_demo_the_choice_is_that_of_the_published_rule() -> None:
     weights = vision.MODEL_DIR / "model.safetensors"
     if not weights.is_file():

@@ -67,6 +67,7 @@ def test_selection_needs_no_fallback(found: RunResult):
     assert score.layer < int(8 * 0.8)
 
 
+@pytest.mark.extended
 def test_one_direction_carries_refusal_on_held_out_pairs(viewer: ChatModel, found: RunResult, unseen: Pairs):
     rates = refusal_rates(viewer, found.direction, unseen)
     assert rates.plain["harmful"] >= 0.9
@@ -76,6 +77,7 @@ def test_one_direction_carries_refusal_on_held_out_pairs(viewer: ChatModel, foun
     assert rates.harmless_steered >= 0.8
 
 
+@pytest.mark.extended
 def test_a_random_direction_of_the_same_length_carries_nothing(viewer: ChatModel, found: RunResult, unseen: Pairs):
     """The control: it is this direction, not any."""
     vector = torch.randn(found.direction.vector.shape, generator=torch.Generator().manual_seed(1))
