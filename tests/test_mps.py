@@ -18,7 +18,12 @@ from tests.problems import N_POSITIONS, Answer, Problem, engine_of, make_problem
 
 families = pytest.mark.parametrize(
     ("name", "runner"),
-    [("llama", "layer-major"), ("gemma2", "layer-major"), ("mixtral", "layer-major"), ("gemma4_text", "hooked")],
+    [
+        ("llama", "layer-major"),
+        pytest.param("gemma2", "layer-major", marks=pytest.mark.extended),
+        pytest.param("mixtral", "layer-major", marks=pytest.mark.extended),
+        pytest.param("gemma4_text", "hooked", marks=pytest.mark.extended),
+    ],
 )
 
 

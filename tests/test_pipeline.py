@@ -173,6 +173,7 @@ def test_the_probability_of_the_refusal_tokens_is_that_of_each_kind_of_prompts(e
     assert set(extraction.refusal_probability) == set(Kind)
 
 
+@pytest.mark.extended
 def test_a_half_precision_model_selects_the_same_candidate(extraction: RunResult, prompts: PromptSets):
     half = load_chat_model(ModelSource("demo", dtype="bfloat16"))
     found = extract(half, prompts=prompts)

@@ -83,7 +83,8 @@ def assert_alike(one: Path, two: Path) -> None:
     assert [chosen[0][key] for key in ("position", "layer")] == [chosen[1][key] for key in ("position", "layer")]
 
 
-@pytest.mark.parametrize("search", [pytest.param("exhaustive", marks=pytest.mark.extended), "pruned"])
+@pytest.mark.extended  # through the command line, which takes long
+@pytest.mark.parametrize("search", ["exhaustive", "pruned"])
 def test_two_processes_write_the_artifacts_of_one(search: str, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     assert cli.main([*FEW, "--output_dir", str(one), "--search", search]) == 0

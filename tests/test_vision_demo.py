@@ -15,7 +15,10 @@ from refusal_direction.demo.vision.pairs import KINDS, pairs
 from refusal_direction.models.loading import load_vision_model
 from refusal_direction.prompts import Kind, Prompt, Split
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:transformers.*")
+pytestmark = [
+    pytest.mark.extended,
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:transformers.*"),
+]
 
 Pairs = dict[str, Sequence[Prompt]]
 

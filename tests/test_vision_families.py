@@ -31,7 +31,11 @@ MORE_IMAGES = 11
 VISION_FAMILIES = {name: family for name, family in EVERY_FAMILY.items() if family.writes}
 """Those whose writes and towers are known."""
 
-every_family = pytest.mark.parametrize("name", VISION_FAMILIES)
+_ALWAYS = ("paligemma2", "gemma3", "qwen2_5_vl", "llava")
+every_family = pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in _ALWAYS else pytest.mark.extended) for name in VISION_FAMILIES],
+)
 post_norm_family = pytest.mark.parametrize("name", ["paligemma2", "gemma3"])
 
 

@@ -117,7 +117,7 @@ def test_weights_of_a_class_of_their_own_are_not_converted():
 
 @needs_bitsandbytes
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+@pytest.mark.parametrize("bits", [pytest.param("8bit", marks=pytest.mark.extended), "4bit"])
 def test_weights_can_be_quantised_while_they_are_loaded(bits: str, tmp_path: Path):
     config = AutoConfig.from_pretrained(demo.MODEL_DIR, hidden_size=128, intermediate_size=256, head_dim=32)
     GemmaForCausalLM(config).save_pretrained(copied(tmp_path, "model.safetensors", "config.json"))
