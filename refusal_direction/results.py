@@ -245,7 +245,7 @@ def _filtered(prompts: Mapping[PromptSet, PromptRecord]) -> list[str]:
             if len((record := prompts[kind, split]).kept) < len(record.ids)
         ]
         parts += [f"{' and '.join(counts)} are {behaviour}"] if counts else []
-    return ["", fill(f"Without intervention {', '.join(parts)}.", width=_WIDTH)] if parts else []
+    return ["", fill(f"Without intervention {'; '.join(parts)}.", width=_WIDTH)] if parts else []
 
 
 def _refusal_tokens(run: RunResult) -> str:
