@@ -211,7 +211,7 @@ def _tokenizer(model_id: str, files: _Files, tokenizer_class: Any) -> Any:
             return tokenizer_class.from_pretrained(files.path, **files.settings)
         with alone(files.gguf) as folder, converting(files.gguf):
             return tokenizer_class.from_pretrained(folder, **files.settings)
-    except Exception as error:
+    except Exception as error:  # no narrower class can be caught: a bug is raised again
         if type(error) is not Exception:
             raise
         raise TokenizerError(
